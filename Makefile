@@ -1,0 +1,54 @@
+# Everything a developer types. `make help` lists it.
+.DEFAULT_GOAL := help
+.PHONY: help install install-vllm check test proto proto-check bench bench-credit bench-score clean
+PYTHON ?= python3
+BIN := .venv/bin
+# Where the torch wheel is not a CUDA build already, pip's own settings choose the build.
+PIP := pip --disable-pip-version-check
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+install: .venv/.installed ## make .venv with everything but vLLM (seconds when nothing changed)
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m $(PIP) install -q -c constraints.txt -e '.[all,dev]'
+	touch $@
+
+install-vllm: .venv-vllm/.installed ## make .venv-vllm, where the vLLM engine and its tests run
+.venv-vllm/.installed: constraints-vllm.txt
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m $(PIP) install -q -r constraints-vllm.txt
+	# Their registry builds are not CPU builds and break the import of vLLM.
+	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+check: install proto-check ## lint, types, import rules, unit tests: under a minute
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/pytest -m "not slow and not gpu" tests/unit
+
+test: check install-vllm ## everything this machine can run, in both environments
+	$(BIN)/python tests/run_all.py
+
+proto: install ## regenerate turnwise/v1 from proto/
+	$(BIN)/python proto/generate.py .
+
+proto-check: install
+	$(BIN)/buf lint proto
+	$(BIN)/python proto/generate.py --check .
+
+bench: bench-credit bench-score ## every benchmark; each prints a table and writes benchmarks/results
+
+bench-credit: install ## credit assignment and recorded groups
+	$(BIN)/python -m benchmarks.credit
+	$(BIN)/python -m benchmarks.rollout
+
+bench-score: install ## the scoring engines against plain ways of scoring
+	$(BIN)/python -m benchmarks.score
+
+clean: ## remove environments, caches and runs
+	rm -rf .venv .venv-vllm .mypy_cache .ruff_cache .hypothesis build dist runs
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Scores every turn of many rollouts and samples from the same policy."""
