@@ -1,0 +1,275 @@
+"""The torch engine: packed-trie scoring and continuous-batching sampling over one model.
+
+One thread owns the model, its trie and its sampler; score chunks and sampling steps take turns
+in it. New weights are loaded beside the old and swapped in when no call is under way.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
+from services.reward_server.engines import (
+    EngineInfo,
+    JobScore,
+    SampleChunk,
+    SampleRequest,
+    ScoreJob,
+    ScoreResult,
+)
+from services.reward_server.engines.attention import BACKENDS
+from services.reward_server.engines.model import DecoderModel
+from services.reward_server.engines.sampler import Sampler, report
+from services.reward_server.engines.sampler import Sequence as Sampled
+from services.reward_server.engines.trie import Trie
+from services.reward_server.engines.trie_scorer import Chunk, as_ids
+from services.reward_server.engines.version_lock import VersionLock
+
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+News = asyncio.Queue[SampleChunk | None]  # None: nothing more comes
+
+DTYPES = {
+    "auto": None,  # as the checkpoint was saved
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+OUT_OF_MEMORY = ("allocate memory", "not enough memory", "out of memory")
+
+
+class TorchEngine:
+    """An Engine over a transformers checkpoint; see docs/architecture.md."""
+
+    def __init__(
+        self,
+        model_path: Path,
+        *,
+        policy_version: int = 0,
+        dtype: str = "auto",
+        device: str = "cpu",
+        attention: str = "auto",
+        max_batch_tokens: int = 8192,  # tokens per forward pass
+        cache_bytes: int = 2 << 30,  # KV kept between calls
+        max_running: int = 256,  # sequences sampled at the same time
+    ) -> None:
+        self.device = torch.device(device)
+        self.dtype = DTYPES[dtype]
+        self.budget, self.cache_bytes, self.max_running = max_batch_tokens, cache_bytes, max_running
+        if attention == "auto":
+            attention = "flex" if self.device.type == "cuda" else "merged"
+        self.attention = BACKENDS[attention]
+        self.policy_version = policy_version
+        self._calls = count(1)
+        self._lock = VersionLock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="torch-engine")
+        self._sampling: asyncio.Task[None] | None = None
+        self._listeners: dict[int, tuple[News, asyncio.Semaphore]] = {}
+        self._serve(model_path, DecoderModel(model_path, self.dtype, self.device))
+
+    def _serve(self, model_path: Path, model: DecoderModel) -> None:
+        self.model_path, self.model = model_path, model
+        self.trie = Trie(self.cache_bytes)
+        self.sampler = Sampler(model, self.attention, self.trie, self.budget, self.max_running)
+
+    async def _in_thread(self, work: Callable[..., Result], *args: object) -> Result:
+        def without_grad() -> Result:
+            with torch.inference_mode():
+                return work(*args)
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, without_grad)
+
+    def info(self) -> EngineInfo:
+        cached = self.trie.held_bytes
+        return EngineInfo(
+            "torch",
+            str(self.model_path),
+            "trie",
+            str(self.model.dtype).removeprefix("torch."),
+            self.device.type,
+            self.model.vocab_size,
+            self.model.max_tokens,
+            cached,
+            self.cache_bytes,
+            self.model.bytes() + cached,
+        )
+
+    async def score(self, jobs: Sequence[ScoreJob]) -> ScoreResult:
+        results: list[JobScore | None] = [self._refusal(job) for job in jobs]
+        async with self._lock.serving():
+            version, call = self.policy_version, next(self._calls)
+            # In trie order a branch once left is not needed again, whatever the cache holds.
+            order = sorted(
+                (i for i, refused in enumerate(results) if refused is None),
+                key=lambda i: np.asarray(jobs[i].token_ids, ">u4").tobytes(),
+                reverse=True,
+            )
+            while order:
+                for i, result in await self._in_thread(self._score_some, jobs, order, call):
+                    results[i] = result
+        done = tuple(result for result in results if result is not None)
+        assert len(done) == len(jobs)
+        return ScoreResult(done, version, "trie")
+
+    def _refusal(self, job: ScoreJob) -> JobScore | None:
+        longest = max(answer.scored_end for answer in job.answers) - 1
+        tokens = job.prefix_ends[-1] + longest
+        if tokens > self.model.max_tokens:
+            limit = self.model.max_tokens
+            return JobScore(
+                "INVALID", f"{tokens} tokens with the answer exceed the model's {limit}"
+            )
+        return None
+
+    def _score_some(
+        self, jobs: Sequence[ScoreJob], order: list[int], call: int
+    ) -> list[tuple[int, JobScore]]:
+        """Score the last jobs of `order`, about one forward pass of them, and take them off."""
+        chunk = Chunk(self.trie, call)
+        taken: list[int] = []
+        try:
+            while order and chunk.tokens < self.budget:
+                taken.append(order.pop())
+                chunk.add(jobs[taken[-1]])
+            scores = chunk.score(self.model, self.attention, self.budget)
+        except (RuntimeError, MemoryError) as error:
+            self._clean(everything=True)
+            return self._score_apart(jobs, taken, call, error)
+        self._clean()
+        return list(zip(taken, scores, strict=True))
+
+    def _score_apart(
+        self, jobs: Sequence[ScoreJob], taken: list[int], call: int, error: Exception
+    ) -> list[tuple[int, JobScore]]:
+        """After a failure: each job alone, in smaller passes if memory was short."""
+        log.warning("scoring failed, retrying job by job", extra={"error": str(error)})
+        short = any(sign in str(error) for sign in OUT_OF_MEMORY) or isinstance(error, MemoryError)
+        budget = max(1, self.budget // 8) if short else self.budget
+        results = []
+        for i in taken:
+            chunk = Chunk(self.trie, call)
+            try:
+                chunk.add(jobs[i])
+                results.append((i, chunk.score(self.model, self.attention, budget)[0]))
+            except (RuntimeError, MemoryError) as again:
+                results.append((i, JobScore("ERROR", f"the engine failed: {again}")))
+            self._clean(everything=short)
+        return results
+
+    def _clean(self, everything: bool = False) -> None:
+        self.trie.drop_transient()
+        self.trie.evict(0 if everything else None)
+
+    async def sample(self, request: SampleRequest) -> AsyncIterator[SampleChunk]:
+        # A task of its own holds the version lock until the last token is sampled: a consumer
+        # that is slow or walks away does not hold up a swap of the weights.
+        news: News = asyncio.Queue()
+        work = asyncio.create_task(self._sample(request, news))
+        try:
+            while (chunk := await news.get()) is not None:
+                yield chunk
+            await work
+        finally:
+            work.cancel()
+            await asyncio.wait([work])
+
+    async def _sample(self, request: SampleRequest, news: News) -> None:
+        """Have every sequence of a request sampled to its end under one policy version."""
+        params = request.params
+        sequences: list[Sampled] = []
+        try:
+            async with self._lock.serving():
+                if reason := self._prompt_problem(request):
+                    for index in range(params.n):
+                        chunk = SampleChunk(index, (), (), self.policy_version, "error", reason)
+                        news.put_nowait(chunk)
+                    return
+                if params.stop_strings and self.sampler.decode is None:
+                    self.sampler.decode = await self._in_thread(load_decode, self.model_path)
+                prompt = as_ids(request.token_ids)
+                limit = min(params.max_tokens, self.model.max_tokens - len(prompt))
+                sequences = [Sampled(prompt, params, index, limit) for index in range(params.n)]
+                ended = asyncio.Semaphore(0)
+                self._listeners |= {id(sequence): (news, ended) for sequence in sequences}
+                self.sampler.waiting.extend(sequences)
+                if self._sampling is None or self._sampling.done():
+                    self._sampling = asyncio.create_task(self._sample_all())
+                for _ in sequences:
+                    await ended.acquire()
+        finally:
+            for sequence in sequences:
+                sequence.cancelled = sequence.finish is None
+                self._listeners.pop(id(sequence), None)
+            news.put_nowait(None)
+
+    def _prompt_problem(self, request: SampleRequest) -> str:
+        limit, vocab = self.model.max_tokens, self.model.vocab_size
+        if (size := len(request.token_ids)) >= limit:
+            return f"a prompt of {size} tokens leaves no room in the model's {limit}"
+        if (highest := max(request.token_ids)) >= vocab:
+            return f"token id {highest} is outside the vocabulary of {vocab}"
+        return ""
+
+    async def _sample_all(self) -> None:
+        """Step the sampler while anybody wants tokens."""
+        while self.sampler.busy():
+            try:
+                news = (await self._in_thread(self.sampler.step)).news
+            except (RuntimeError, MemoryError) as error:
+                log.warning("sampling failed", extra={"error": str(error)})
+                news = self.sampler.abandon()
+                await self._in_thread(self._clean, True)
+                for sequence in news:
+                    sequence.finish, sequence.reason = "error", f"the engine failed: {error}"
+            for sequence in news:
+                if (listener := self._listeners.get(id(sequence))) is not None:
+                    listener[0].put_nowait(self._chunk(sequence))
+                    if sequence.finish:
+                        listener[1].release()
+
+    def _chunk(self, sequence: Sampled) -> SampleChunk:
+        ids, logprobs, usage = report(sequence)
+        return SampleChunk(
+            sequence.index,
+            ids,
+            logprobs,
+            self.policy_version,
+            sequence.finish,
+            sequence.reason,
+            usage,
+        )
+
+    async def load_weights(self, directory: Path, policy_version: int) -> None:
+        """Serve a checkpoint of the same shape; whatever is wrong with it changes nothing."""
+        model = await asyncio.to_thread(DecoderModel, directory, self.dtype, self.device)
+        if (shape := model.kv_shape.shape) != self.model.kv_shape.shape or (
+            model.vocab_size != self.model.vocab_size
+        ):
+            raise ValueError(
+                f"{directory} is another model: KV shape {tuple(shape)}, {model.vocab_size} tokens"
+            )
+        async with self._lock.swapping():
+            await self._in_thread(self._serve, directory, model)
+            self.policy_version = policy_version
+
+    async def close(self) -> None:
+        if self._sampling is not None:
+            self._sampling.cancel()
+        await asyncio.to_thread(self._thread.shutdown, wait=True, cancel_futures=True)
+
+
+def load_decode(model_path: Path) -> Callable[[list[int]], str]:
+    """The tokenizer of the checkpoint, for stop strings alone."""
+    tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=False))
+
+    return decode

@@ -1,0 +1,379 @@
+"""Credit assignment: scores -> gains -> normalised rewards -> returns -> advantages.
+
+Pure arithmetic on flat arrays: no torch, no I/O, no state. A rollout of T turns has T scored
+prefixes (prefix k is the prompt plus the first k turns, k = 0..T-1). The first T-1 turns earn
+a gain each; the last turn is the answer and earns the outcome. Whether a number is valid is
+always told by a boolean array of its own: a gain of 0 is a reward, a missing one is not.
+"""
+
+import reprlib
+from collections.abc import Sequence
+from difflib import get_close_matches
+from itertools import chain, pairwise
+from math import exp, log, sqrt
+from numbers import Real
+from statistics import fmean
+from typing import Any, Literal, get_args
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from turnwise.errors import InvalidInput
+
+FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+IntArray = NDArray[np.int64]
+
+GainKind = Literal["log_prob", "prob"]
+Norm = Literal[
+    "separate", "joint", "scaled_separate", "raw", "per_turn_index", "outcome_only", "gain_only"
+]
+AliasRule = Literal["max", "first", "logsumexp", "mean"]
+
+MIN_STD = 1e-6  # A pool that spreads less carries no signal and gets zeros.
+VARIANCE_FLOOR, Z_EPSILON = 1e-8, 1e-6
+MIN_OUTCOME_Z, MAX_GAIN_SCALE = 0.3, 10.0  # Of `scaled_separate`.
+# Inside these limits nothing overflows and float residue stays well below MIN_STD.
+LIMITS = {
+    "scores": (-1e6, 1e-6),
+    "gains": (-1e6, 1e6),
+    "outcome": (-1e6, 1e6),
+    "gamma": (0.0, 1.0),
+    "outcome_weight": (0.0, 100.0),
+    "gain_weight": (0.0, 100.0),
+}
+
+
+def require_one_of(place: str, value: object, allowed: Sequence[str]) -> None:
+    """Refuse a name that is not allowed, and say which allowed one comes nearest."""
+    if value not in allowed:
+        nearest = get_close_matches(str(value)[:64], allowed, n=1, cutoff=0.0)[0]
+        choice = f"allowed are {', '.join(allowed)}; the nearest is {nearest!r}"
+        raise InvalidInput(place, f"unknown name {reprlib.repr(value)}: {choice}")
+
+
+def require_number(place: str, value: Any, limits: str) -> None:
+    """Refuse what is not a number within the limits of that name."""
+    low, high = LIMITS[limits]
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not (number and low <= value <= high):  # NaN fails every comparison.
+        got = f"got {reprlib.repr(value)}"
+        raise InvalidInput(place, f"must be a finite number from {low:g} to {high:g}, {got}")
+
+
+class CreditOptions(msgspec.Struct, frozen=True):
+    """How gains become advantages. The two weights act after normalisation."""
+
+    gain: GainKind = "log_prob"
+    norm: Norm = "separate"
+    gamma: float = 1.0
+    outcome_weight: float = 1.0
+    gain_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_one_of("gain", self.gain, get_args(GainKind))
+        require_one_of("norm", self.norm, get_args(Norm))
+        for name in ("gamma", "outcome_weight", "gain_weight"):
+            require_number(name, getattr(self, name), name)
+
+
+PRESETS = {
+    "paper": CreditOptions(),
+    "paper_v1": CreditOptions(gain="prob", norm="joint"),
+    "grpo": CreditOptions(norm="outcome_only"),
+}
+
+
+class CreditBatch(msgspec.Struct, frozen=True, eq=False):
+    """The rollouts of one or more groups, rollout after rollout, as flat arrays.
+
+    `values` holds the T scores of every rollout's prefixes or, where `given` says so, the T-1
+    gains of its turns. What stands at an invalid place is never looked at. A rollout without
+    turns has nothing to credit and counts nowhere.
+    """
+
+    values: FloatArray
+    valid: BoolArray
+    turns_per_rollout: IntArray
+    outcomes: FloatArray
+    outcome_valid: BoolArray
+    rollouts_per_group: IntArray
+    given: Literal["scores", "gains"] = "scores"
+
+    def __post_init__(self) -> None:
+        turns, rollouts = self.turns_per_rollout, self.rollouts_per_group
+        counts = turns - (self.given == "gains")
+        for name, dtype, size in (
+            ("rollouts_per_group", np.int64, len(rollouts)),
+            ("turns_per_rollout", np.int64, rollouts.sum()),
+            ("values", np.float64, counts.sum()),
+            ("valid", np.bool_, counts.sum()),
+            ("outcomes", np.float64, len(turns)),
+            ("outcome_valid", np.bool_, len(turns)),
+        ):
+            array = getattr(self, name)
+            if array.dtype != dtype or array.shape != (size,):
+                got = f"{array.dtype} of shape {array.shape}"
+                raise InvalidInput(name, f"must be {np.dtype(dtype)} of shape ({size},), got {got}")
+        if not len(rollouts) or rollouts.min() < 1 or counts.min() < 0:
+            raise InvalidInput("batch", "must hold groups with rollouts, and no count below 0")
+        self._require_numbers(self.given, self.values, self.valid, counts)
+        self._require_numbers("outcome", self.outcomes, self.outcome_valid, np.ones_like(turns))
+
+    def _require_numbers(
+        self, name: str, values: FloatArray, valid: BoolArray, counts: IntArray
+    ) -> None:
+        low, high = LIMITS[name]
+        bad = np.flatnonzero(valid & ~((low <= values) & (values <= high)))
+        if len(bad):
+            rollout, item = _locate(counts, int(bad[0]))
+            group, rollout = _locate(self.rollouts_per_group, rollout)
+            place = f"groups[{group}].rollouts[{rollout}].{name}"
+            place += "" if name == "outcome" else f"[{item}]"
+            require_number(place, float(values[bad[0]]), name)
+
+
+def _locate(counts: IntArray, index: int) -> tuple[int, int]:
+    """Return the entry that a flat index falls into, and where in it."""
+    ends = np.cumsum(counts)
+    entry = int(np.searchsorted(ends, index, side="right"))
+    return entry, index - int(ends[entry] - counts[entry])
+
+
+def to_batch(
+    values: Sequence[Sequence[float | None]],
+    outcomes: Sequence[float | None],
+    rollouts_per_group: Sequence[int],
+    given: Literal["scores", "gains"] = "scores",
+) -> CreditBatch:
+    """Return the batch for one list of scores (or gains) per rollout; None marks an invalid one."""
+    counts = np.fromiter(map(len, values), np.int64, len(values))
+    flat = _numbers(list(chain.from_iterable(values)))
+    groups = np.array(rollouts_per_group, np.int64)
+    return CreditBatch(*flat, counts + (given == "gains"), *_numbers(outcomes), groups, given)
+
+
+def _numbers(values: Sequence[float | None]) -> tuple[FloatArray, BoolArray]:
+    if None not in values:
+        return np.array(values, np.float64), np.ones(len(values), np.bool_)
+    valid = np.array([value is not None for value in values])
+    return np.array([0.0 if value is None else value for value in values]), valid
+
+
+class Pool(msgspec.Struct, frozen=True, eq=False):
+    """The statistics of the rewards that are normalised together, one entry per pool."""
+
+    count: IntArray
+    mean: FloatArray
+    std: FloatArray  # sqrt(population variance + 1e-8)
+    tied: BoolArray  # two values or more, and no spread among them
+
+    @property
+    def signal(self) -> BoolArray:
+        """Return which pools can tell their values apart."""
+        return (self.count >= 2) & ~self.tied
+
+    def __getitem__(self, some: slice) -> "Pool":
+        return Pool(*(getattr(self, name)[some] for name in self.__struct_fields__))
+
+
+class Credit(msgspec.Struct, frozen=True, eq=False):
+    """What every turn earned, one entry per turn, and the statistics, one entry per group."""
+
+    gains: FloatArray  # 0 where there is none: last turns and invalid gains
+    gain_valid: BoolArray
+    normalised: FloatArray  # the reward of a turn after normalisation, before the weights
+    advantages: FloatArray
+    mask: BoolArray  # which turns are in the loss
+    gain_pool: Pool
+    outcome_pool: Pool
+    joint_pool: Pool | None  # under `joint` only
+    zero_signal: BoolArray  # per group: no turn in the loss has an advantage
+
+
+class _Turns(msgspec.Struct, frozen=True, eq=False):
+    rollout: IntArray
+    group: IntArray
+    last: BoolArray
+    left: IntArray  # turns from this one to the end of its rollout, itself included
+
+
+def credit(batch: CreditBatch, options: CreditOptions = PRESETS["paper"]) -> Credit:
+    """Return the gains, normalised rewards and advantages of every turn of a batch."""
+    turns, groups = _turns(batch), len(batch.rollouts_per_group)
+    gains, gain_valid = _gains(batch, turns.last, options.gain)
+    # A turn without a reward, and every turn of a rollout without an outcome, leaves the loss
+    # and all statistics, whatever the norm: so arms compare on the same tokens.
+    mask = batch.outcome_valid[turns.rollout] & (turns.last | gain_valid)
+    rewards = np.where(mask, np.where(turns.last, batch.outcomes[turns.rollout], gains), 0.0)
+    kind = 2 * turns.group + turns.last  # Even pools hold gains, odd pools outcomes.
+    pools, z = _pool(rewards, mask, kind, 2 * groups)
+    gain_pool, outcome_pool, joint_pool = pools[0::2], pools[1::2], None
+    if options.norm == "joint":
+        joint_pool, z = _pool(rewards, mask, turns.group, groups)
+    elif options.norm == "per_turn_index":
+        _, z = _pool(rewards, mask, *_turn_index_pools(batch, turns))
+    elif options.norm == "raw":  # The mean square is the variance plus the squared mean.
+        scale = gain_pool.signal / np.hypot(gain_pool.std, gain_pool.mean)
+        z = np.where(turns.last, z, rewards * scale[turns.group])
+    elif options.norm == "scaled_separate":
+        size = np.bincount(kind, np.abs(z), 2 * groups) / np.maximum(pools.count, 1)
+        scale = np.maximum(size[1::2], MIN_OUTCOME_Z) / (size[0::2] + Z_EPSILON)
+        z = np.where(turns.last, z, z * np.minimum(scale, MAX_GAIN_SCALE)[turns.group])
+    elif options.norm in {"outcome_only", "gain_only"}:
+        z = np.where(turns.last == (options.norm == "outcome_only"), z, 0.0)
+    advantages = _advantages(z, turns, options)
+    # A masked turn passes on later rewards only, so it is never the only one that is not 0.
+    active = np.bincount(turns.group, advantages != 0.0, groups) > 0
+    statistics = (gain_pool, outcome_pool, joint_pool, ~active)
+    return Credit(gains, gain_valid, z, advantages, mask, *statistics)
+
+
+def _turns(batch: CreditBatch) -> _Turns:
+    counts = batch.turns_per_rollout
+    rollout = np.repeat(np.arange(len(counts)), counts)
+    left = np.cumsum(counts)[rollout] - np.arange(len(rollout))
+    group = np.repeat(np.arange(len(batch.rollouts_per_group)), batch.rollouts_per_group)
+    return _Turns(rollout, group[rollout], left == 1, left)
+
+
+def _gains(batch: CreditBatch, last: BoolArray, kind: GainKind) -> tuple[FloatArray, BoolArray]:
+    """Return one gain per turn and which of them are valid; a last turn has none."""
+    values = np.where(batch.valid, batch.values, 0.0)
+    gains, valid = np.zeros(len(last)), ~last
+    if batch.given == "gains":
+        gains[~last], valid[~last] = values, batch.valid
+        return gains, valid
+    if kind == "prob":
+        values = np.exp(values)
+    valid[:-1] &= batch.valid[:-1] & batch.valid[1:]
+    gains[:-1] = np.where(valid[:-1], np.diff(values), 0.0)
+    return gains, valid
+
+
+def _pool(
+    rewards: FloatArray, mask: BoolArray, pool: IntArray, pools: int
+) -> tuple[Pool, FloatArray]:
+    """Return the statistics of every pool, and the z-score of every reward in its pool."""
+    count = np.bincount(pool, mask, pools)
+    size, mean, centred = np.maximum(count, 1.0), np.zeros(pools), rewards
+    for _ in range(2):  # The second pass takes off the rounding of the first: ties stay ties.
+        shift = np.bincount(pool, centred, pools) / size
+        mean += shift
+        centred = np.where(mask, centred - shift[pool], 0.0)
+    variance = np.bincount(pool, centred * centred, pools) / size
+    std = np.sqrt(variance + VARIANCE_FLOOR)
+    tied = (count >= 2) & (variance < MIN_STD**2)
+    statistics = Pool(count.astype(np.int64), mean, std, tied)
+    return statistics, centred * (statistics.signal / (std + Z_EPSILON))[pool]
+
+
+def _turn_index_pools(batch: CreditBatch, turns: _Turns) -> tuple[IntArray, int]:
+    """Return the pool of each turn, one per group and turn index, and how many there are."""
+    counts, rollouts = batch.turns_per_rollout, batch.rollouts_per_group
+    longest = np.maximum.reduceat(counts, np.cumsum(rollouts) - rollouts)
+    # No gain has the last index of its group's longest rollout: all outcomes go there.
+    index = np.where(turns.last, longest[turns.group] - 1, counts[turns.rollout] - turns.left)
+    return (np.cumsum(longest) - longest)[turns.group] + index, int(longest.sum())
+
+
+def _advantages(normalised: FloatArray, turns: _Turns, options: CreditOptions) -> FloatArray:
+    """Return what each turn and the turns after it earned, weighted and discounted."""
+    weights = np.where(turns.last, options.outcome_weight, options.gain_weight)
+    rewards = normalised * weights
+    if options.norm == "raw":  # No sum over turns: each has its own gain and the outcome.
+        outcomes: FloatArray = rewards[np.arange(len(rewards)) + turns.left - 1]
+        return outcomes + np.where(turns.last, 0.0, rewards)
+    gamma = 1.0 if options.norm == "outcome_only" else options.gamma
+    # R_t = z_t + gamma R_{t+1}: each pass doubles how far every turn has looked ahead.
+    step, longest = 1, int(turns.left.max(initial=0))
+    while step < longest:
+        rewards[:-step] += gamma**step * np.where(turns.left[:-step] > step, rewards[step:], 0.0)
+        step *= 2
+    return rewards
+
+
+def advantage_bound(options: CreditOptions, rollouts: int, turns: int) -> float:
+    """Return what no advantage exceeds in a group of so many rollouts of at most `turns` turns.
+
+    A z-score in a pool of n values is at most sqrt(n - 1) (Samuelson), a value over the root
+    mean square at most sqrt(n); a return adds at most turns - 1 gains to one outcome.
+    """
+    gains = rollouts * (turns - 1)
+    gain_z, outcome_z = sqrt(max(gains - 1, 0)), sqrt(rollouts - 1)
+    gain_z, outcome_z = {
+        "joint": (sqrt(gains + rollouts - 1), sqrt(gains + rollouts - 1)),
+        "scaled_separate": (MAX_GAIN_SCALE * gain_z, outcome_z),
+        "raw": (sqrt(gains) / max(turns - 1, 1), outcome_z),
+        "per_turn_index": (sqrt(rollouts - 1), outcome_z),
+        "outcome_only": (0.0, outcome_z),
+        "gain_only": (gain_z, 0.0),
+    }.get(options.norm, (gain_z, outcome_z))
+    return options.gain_weight * (turns - 1) * gain_z + options.outcome_weight * outcome_z
+
+
+def answer_score(token_logprobs: Sequence[float]) -> float:
+    """Return the mean log-prob (nats per token) of the answer's tokens under one prefix."""
+    _require_scores("token_logprobs", token_logprobs)
+    return fmean(token_logprobs)
+
+
+def alias_score(scores: Sequence[float], rule: AliasRule) -> float:
+    """Return one score for a prefix from those of the answer's distinct aliases."""
+    require_one_of("rule", rule, get_args(AliasRule))
+    _require_scores("scores", scores)
+    if rule == "first":
+        return scores[0]
+    if rule == "mean":
+        return fmean(scores)
+    best = max(scores)
+    if rule == "max":
+        return best
+    # The log of the mean of exp, not of the sum: never above the best alias.
+    return best + log(fmean(exp(score - best) for score in scores))
+
+
+def turn_gains(scores: Sequence[float | None], kind: GainKind = "log_prob") -> list[float | None]:
+    """Return what each turn but the last of one rollout added; None next to a missing score."""
+    require_one_of("kind", kind, get_args(GainKind))
+    _require_scores("scores", [0.0 if score is None else score for score in scores])
+    values = [exp(score) if kind == "prob" and score is not None else score for score in scores]
+    return [None if a is None or b is None else b - a for a, b in pairwise(values)]
+
+
+def _require_scores(place: str, scores: Sequence[float]) -> None:
+    if not len(scores):
+        raise InvalidInput(place, "is empty")
+    for index, score in enumerate(scores):
+        require_number(f"{place}[{index}]", score, "scores")
+
+
+def curriculum_weights(step: int, steps: int) -> tuple[float, float]:
+    """Return the weights of the outcome, 0.5 -> 1, and of the gains, 1 -> 0.5, at a step."""
+    if steps < 1 or step < 0:
+        raise InvalidInput("step", f"must be 0 or more, of 1 or more steps, got {step} of {steps}")
+    done = min(step / steps, 1.0)
+    return 0.5 + 0.5 * done, 1.0 - 0.5 * done
+
+
+def token_advantages(
+    advantages: FloatArray,
+    turn_spans: Sequence[tuple[int, int]],
+    policy_mask: BoolArray,
+    turn_mask: BoolArray | None = None,
+) -> FloatArray:
+    """Return one advantage per token of a rollout: 0 outside the policy's turns in the loss."""
+    turn_mask = np.ones(len(advantages), np.bool_) if turn_mask is None else turn_mask
+    if not len(advantages) == len(turn_mask) == len(turn_spans):
+        counts = f"{len(turn_spans)}, {len(advantages)} and {len(turn_mask)}"
+        raise InvalidInput("turn_spans", f"spans, advantages and mask differ in length: {counts}")
+    tokens, end = np.zeros(len(policy_mask)), 0
+    for turn, (start, stop) in enumerate(turn_spans):
+        if not end <= start < stop <= len(tokens):
+            room = f"must be a span of tokens within {end}..{len(tokens)}"
+            raise InvalidInput(f"turn_spans[{turn}]", f"{room}, got {start}..{stop}")
+        if turn_mask[turn]:
+            tokens[start:stop] = advantages[turn]
+        end = stop
+    return np.where(policy_mask, tokens, 0.0)
