@@ -12,7 +12,8 @@ from typing import Any, get_args
 import numpy as np
 
 from benchmarks.report import print_table, write
-from turnwise.credit import CreditBatch, CreditOptions, Norm, credit, to_batch
+from turnwise.credit import CreditOptions, Norm, credit
+from turnwise.credit_batch import CreditBatch, to_batch
 
 GROUPS, ROLLOUTS, TURNS = 10_000, 16, 10
 PLAIN_GROUPS, REPEATS = 200, 5

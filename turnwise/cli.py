@@ -3,8 +3,6 @@
 Light: only the standard library is imported here; a command loads what it needs when it runs.
 """
 
-# ruff: noqa: T201 - a command prints
-
 import argparse
 import io
 import json

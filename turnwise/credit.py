@@ -6,24 +6,17 @@ a gain each; the last turn is the answer and earns the outcome. Whether a number
 always told by a boolean array of its own: a gain of 0 is a reward, a missing one is not.
 """
 
-import reprlib
 from collections.abc import Sequence
-from difflib import get_close_matches
-from itertools import chain, pairwise
+from itertools import pairwise
 from math import exp, log, sqrt
-from numbers import Real
 from statistics import fmean
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
-from turnwise.errors import InvalidInput
-
-FloatArray = NDArray[np.float64]
-BoolArray = NDArray[np.bool_]
-IntArray = NDArray[np.int64]
+from turnwise.credit_batch import LIMITS, BoolArray, CreditBatch, FloatArray, IntArray
+from turnwise.errors import InvalidInput, require_number, require_one_of
 
 GainKind = Literal["log_prob", "prob"]
 Norm = Literal[
@@ -34,32 +27,6 @@ AliasRule = Literal["max", "first", "logsumexp", "mean"]
 MIN_STD = 1e-6  # A pool that spreads less carries no signal and gets zeros.
 VARIANCE_FLOOR, Z_EPSILON = 1e-8, 1e-6
 MIN_OUTCOME_Z, MAX_GAIN_SCALE = 0.3, 10.0  # Of `scaled_separate`.
-# Inside these limits nothing overflows and float residue stays well below MIN_STD.
-LIMITS = {
-    "scores": (-1e6, 1e-6),
-    "gains": (-1e6, 1e6),
-    "outcome": (-1e6, 1e6),
-    "gamma": (0.0, 1.0),
-    "outcome_weight": (0.0, 100.0),
-    "gain_weight": (0.0, 100.0),
-}
-
-
-def require_one_of(place: str, value: object, allowed: Sequence[str]) -> None:
-    """Refuse a name that is not allowed, and say which allowed one comes nearest."""
-    if value not in allowed:
-        nearest = get_close_matches(str(value)[:64], allowed, n=1, cutoff=0.0)[0]
-        choice = f"allowed are {', '.join(allowed)}; the nearest is {nearest!r}"
-        raise InvalidInput(place, f"unknown name {reprlib.repr(value)}: {choice}")
-
-
-def require_number(place: str, value: Any, limits: str) -> None:
-    """Refuse what is not a number within the limits of that name."""
-    low, high = LIMITS[limits]
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not (number and low <= value <= high):  # NaN fails every comparison.
-        got = f"got {reprlib.repr(value)}"
-        raise InvalidInput(place, f"must be a finite number from {low:g} to {high:g}, {got}")
 
 
 class CreditOptions(msgspec.Struct, frozen=True):
@@ -75,7 +42,7 @@ class CreditOptions(msgspec.Struct, frozen=True):
         require_one_of("gain", self.gain, get_args(GainKind))
         require_one_of("norm", self.norm, get_args(Norm))
         for name in ("gamma", "outcome_weight", "gain_weight"):
-            require_number(name, getattr(self, name), name)
+            require_number(name, getattr(self, name), *LIMITS[name])
 
 
 PRESETS = {
@@ -83,82 +50,6 @@ PRESETS = {
     "paper_v1": CreditOptions(gain="prob", norm="joint"),
     "grpo": CreditOptions(norm="outcome_only"),
 }
-
-
-class CreditBatch(msgspec.Struct, frozen=True, eq=False):
-    """The rollouts of one or more groups, rollout after rollout, as flat arrays.
-
-    `values` holds the T scores of every rollout's prefixes or, where `given` says so, the T-1
-    gains of its turns. What stands at an invalid place is never looked at. A rollout without
-    turns has nothing to credit and counts nowhere.
-    """
-
-    values: FloatArray
-    valid: BoolArray
-    turns_per_rollout: IntArray
-    outcomes: FloatArray
-    outcome_valid: BoolArray
-    rollouts_per_group: IntArray
-    given: Literal["scores", "gains"] = "scores"
-
-    def __post_init__(self) -> None:
-        turns, rollouts = self.turns_per_rollout, self.rollouts_per_group
-        counts = turns - (self.given == "gains")
-        for name, dtype, size in (
-            ("rollouts_per_group", np.int64, len(rollouts)),
-            ("turns_per_rollout", np.int64, rollouts.sum()),
-            ("values", np.float64, counts.sum()),
-            ("valid", np.bool_, counts.sum()),
-            ("outcomes", np.float64, len(turns)),
-            ("outcome_valid", np.bool_, len(turns)),
-        ):
-            array = getattr(self, name)
-            if array.dtype != dtype or array.shape != (size,):
-                got = f"{array.dtype} of shape {array.shape}"
-                raise InvalidInput(name, f"must be {np.dtype(dtype)} of shape ({size},), got {got}")
-        if not len(rollouts) or rollouts.min() < 1 or counts.min() < 0:
-            raise InvalidInput("batch", "must hold groups with rollouts, and no count below 0")
-        self._require_numbers(self.given, self.values, self.valid, counts)
-        self._require_numbers("outcome", self.outcomes, self.outcome_valid, np.ones_like(turns))
-
-    def _require_numbers(
-        self, name: str, values: FloatArray, valid: BoolArray, counts: IntArray
-    ) -> None:
-        low, high = LIMITS[name]
-        bad = np.flatnonzero(valid & ~((low <= values) & (values <= high)))
-        if len(bad):
-            rollout, item = _locate(counts, int(bad[0]))
-            group, rollout = _locate(self.rollouts_per_group, rollout)
-            place = f"groups[{group}].rollouts[{rollout}].{name}"
-            place += "" if name == "outcome" else f"[{item}]"
-            require_number(place, float(values[bad[0]]), name)
-
-
-def _locate(counts: IntArray, index: int) -> tuple[int, int]:
-    """Return the entry that a flat index falls into, and where in it."""
-    ends = np.cumsum(counts)
-    entry = int(np.searchsorted(ends, index, side="right"))
-    return entry, index - int(ends[entry] - counts[entry])
-
-
-def to_batch(
-    values: Sequence[Sequence[float | None]],
-    outcomes: Sequence[float | None],
-    rollouts_per_group: Sequence[int],
-    given: Literal["scores", "gains"] = "scores",
-) -> CreditBatch:
-    """Return the batch for one list of scores (or gains) per rollout; None marks an invalid one."""
-    counts = np.fromiter(map(len, values), np.int64, len(values))
-    flat = _numbers(list(chain.from_iterable(values)))
-    groups = np.array(rollouts_per_group, np.int64)
-    return CreditBatch(*flat, counts + (given == "gains"), *_numbers(outcomes), groups, given)
-
-
-def _numbers(values: Sequence[float | None]) -> tuple[FloatArray, BoolArray]:
-    if None not in values:
-        return np.array(values, np.float64), np.ones(len(values), np.bool_)
-    valid = np.array([value is not None for value in values])
-    return np.array([0.0 if value is None else value for value in values]), valid
 
 
 class Pool(msgspec.Struct, frozen=True, eq=False):
@@ -346,7 +237,7 @@ def _require_scores(place: str, scores: Sequence[float]) -> None:
     if not len(scores):
         raise InvalidInput(place, "is empty")
     for index, score in enumerate(scores):
-        require_number(f"{place}[{index}]", score, "scores")
+        require_number(f"{place}[{index}]", score, *LIMITS["scores"])
 
 
 def curriculum_weights(step: int, steps: int) -> tuple[float, float]:

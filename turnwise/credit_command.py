@@ -34,8 +34,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> int:
     """Read, compute, and only then print."""
     # Imported here so that `--help` needs no numpy.
-    from turnwise import credit_file, credit_table  # noqa: PLC0415
-    from turnwise.credit import PRESETS, credit, require_one_of  # noqa: PLC0415
+    from turnwise import credit_file, credit_table
+    from turnwise.credit import PRESETS, credit
+    from turnwise.errors import require_one_of
 
     require_one_of("--color", args.color, COLORS)
     batch, in_file = credit_file.parse(credit_file.read_bytes(args.file))

@@ -15,17 +15,9 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from turnwise.credit import (
-    PRESETS,
-    Credit,
-    CreditBatch,
-    CreditOptions,
-    Pool,
-    require_number,
-    require_one_of,
-    to_batch,
-)
-from turnwise.errors import InvalidInput
+from turnwise.credit import PRESETS, Credit, CreditOptions, Pool
+from turnwise.credit_batch import LIMITS, CreditBatch, to_batch
+from turnwise.errors import InvalidInput, require_number, require_one_of
 from turnwise.rollout import decode_group
 
 MAX_BYTES = 64 * 2**20
@@ -39,6 +31,8 @@ def read_bytes(path: str) -> bytes:
     """Return what a file holds, or standard input for "-"; read one byte past the limit at most."""
     place = "standard input" if path == "-" else path
     try:
+        if path == "-" and sys.stdin is None:  # closed by the caller
+            raise InvalidInput(place, "is closed")
         if path == "-":
             data = sys.stdin.buffer.read(MAX_BYTES + 1)
         else:
@@ -212,4 +206,4 @@ def _require_numbers(values: list[Any], place: str, limits: str) -> None:
     if not set(map(type, values)) <= {float, type(None)}:
         for index, value in enumerate(values):
             if value is not None:
-                require_number(place.format(index), value, limits)
+                require_number(place.format(index), value, *LIMITS[limits])

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import msgspec
 
-from turnwise.credit import Credit, CreditBatch, CreditOptions
+from turnwise.credit import Credit, CreditOptions
+from turnwise.credit_batch import CreditBatch
 
 BOLD, DIM, RED, GREEN = 1, 2, 31, 32
 HEADINGS = f"{'turn':>6}  {'earns':<7}{'reward':>10}{'normalised':>12}{'advantage':>11}  "

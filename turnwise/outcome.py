@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 import msgspec
 
-from turnwise.errors import InvalidInput
+from turnwise.errors import InvalidInput, require_one_of
 
 Metric = Literal["squad", "token_sets", "exact_match"]
 
@@ -106,8 +106,7 @@ def outcome(
     format_penalty: float = -1.0,
 ) -> float:
     """Return the metric against the best alias, or the format penalty on a fault."""
-    if metric not in get_args(Metric):
-        raise InvalidInput("metric", f"allowed are {', '.join(get_args(Metric))}, got {metric!r}")
+    require_one_of("metric", metric, get_args(Metric))
     if not answers:
         raise InvalidInput("answers", "is empty")
     if judgement.prediction is None:

@@ -7,7 +7,6 @@ in the environment, where an empty variable counts as not set.
 
 import tomllib
 from collections.abc import Collection, Iterator, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from reprlib import repr as short_repr
 from typing import Any, Literal, TypeVar, get_args
@@ -23,7 +22,7 @@ from pydantic_settings import (
 )
 
 from turnwise.credit import GainKind, Norm
-from turnwise.errors import InvalidInput
+from turnwise.errors import InvalidInput, nearest
 
 PREFIX = "TURNWISE_"
 CONFIG_VARIABLE = "TURNWISE_CONFIG"  # path of the TOML file, when --config does not give it
@@ -161,8 +160,8 @@ def _nest(values: Values) -> Values:
 def _refuse_unknown(kind: str, names: Collection[str], known: Collection[str], source: str) -> None:
     for name in names:
         if name not in known:
-            nearest = get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise InvalidInput(name, f"unknown {kind} in {source}; the nearest is {nearest}")
+            hint = f"the nearest is {nearest(name, known)}"
+            raise InvalidInput(name, f"unknown {kind} in {source}; {hint}")
 
 
 def _bad_value(

@@ -72,6 +72,7 @@ class DecoderModel:
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
         )
         if loading["missing_keys"] or loading["mismatched_keys"]:
             lacking = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))

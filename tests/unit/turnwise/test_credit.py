@@ -18,10 +18,10 @@ from turnwise.credit import (
     answer_score,
     credit,
     curriculum_weights,
-    to_batch,
     token_advantages,
     turn_gains,
 )
+from turnwise.credit_batch import to_batch
 from turnwise.errors import InvalidInput
 
 R1_LOGPROBS = [[-2.0, -1.0, -3.0], [-1.5, -0.5, -1.0], [-0.2, -0.1, -0.3]]

@@ -20,9 +20,9 @@ from turnwise.credit import (
     Norm,
     advantage_bound,
     credit,
-    to_batch,
     turn_gains,
 )
+from turnwise.credit_batch import to_batch
 
 Rollout = tuple[list[float | None], float | None]  # scores (or gains), outcome
 Group = list[Rollout]

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from turnwise.credit import Credit, CreditBatch, CreditOptions, credit, to_batch
+from turnwise.credit import Credit, CreditOptions, credit
+from turnwise.credit_batch import CreditBatch, to_batch
 from turnwise.credit_table import Look, table
 
 GOLDEN = to_batch([[-2, -1, -0.2], [-2, -2.1, -1.5]], [1.0, 0.4], [2])
