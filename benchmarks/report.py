@@ -45,6 +45,11 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
+def cells(row: Mapping[str, Any]) -> str:
+    """One row on one line."""
+    return ", ".join(f"{name} {cell(value)}" for name, value in row.items())
+
+
 def cell(value: Any) -> str:
     if value is None:
         return "-"

@@ -37,9 +37,14 @@ from services.reward_server.engines.attention import flash
 from services.reward_server.engines.model import DecoderModel, Linear
 
 SWEEP = [Case(t, g, s) for t in (2, 4, 8, 16) for g in (1, 4, 16) for s in (50, 200, 500)]
-NAMED = [Case(2, 4, 200), Case(4, 4, 50), Case(4, 4, 200), Case(4, 4, 500), Case(8, 4, 200),
-         Case(16, 4, 200)]  # fmt: skip
-MODELS = (("5M", 32_000), ("60M", 32_000), ("60M", 151_936))
+GOAL, LONG = Case(4, 4, 200), Case(16, 4, 200)
+# Shape, vocabulary, cases of our engine, and the six cases that the slow baselines run as well.
+MODELS = (
+    ("5M", 32_000, SWEEP, [GOAL, LONG]),
+    ("5M", 151_936, [GOAL], [GOAL]),
+    ("60M", 32_000, [GOAL, LONG], [GOAL, LONG]),
+    ("60M", 151_936, SWEEP, [GOAL]),
+)
 
 
 def seconds(work: Callable[[], Any], repeats: int) -> tuple[float, Any]:
@@ -53,15 +58,16 @@ def seconds(work: Callable[[], Any], repeats: int) -> tuple[float, Any]:
 
 
 def gemm_rate(model: DecoderModel) -> float:
-    """FLOP/s of the model's widest product on 2,048 rows, by the faster of the two kernels."""
+    """FLOP/s of the model's widest product, by the faster kernel and number of rows."""
     config = model.config
     weight = torch.randn(2 * config.intermediate_size, config.hidden_size)
-    x = torch.randn(2048, config.hidden_size)
     rates: list[float] = []
     for packed in (False, True):
         linear = Linear(weight, None, packed)
-        linear(x)
-        rates.append(2 * weight.numel() * len(x) / seconds(partial(linear, x), 7)[0])
+        for rows in (256, 2048):
+            x = torch.randn(rows, config.hidden_size)
+            linear(x)
+            rates.append(2 * weight.numel() * rows / seconds(partial(linear, x), 9)[0])
     return max(rates)
 
 
@@ -150,33 +156,43 @@ def vllm_rows(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def scoring_rows(folder: Path, quick: bool) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Every case of every model, and the extra memory each model takes while it scores."""
+    rows, memory = [], {}
+    for name, vocab, cases, named in MODELS:
+        directory = make_model(folder / f"{name}-{vocab}", name, vocab)
+        model = DecoderModel(directory, None, torch.device("cpu"))
+        small = Case(4, 4, 50)
+        trie_scores(model, small.jobs(vocab))  # warm up
+        memory[f"{name} V{vocab // 1000}k"] = extra_memory(model, small, vocab)
+        hf = HuggingFace(directory)
+        for case in named if quick else cases:
+            rows.append(measure(name, vocab, model, case, hf if case in named else None))
+            print(report.cells(rows[-1]), file=sys.stderr, flush=True)
+    return rows, memory
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the named cases only")
+    parser.add_argument("--quick", action="store_true", help="the six named cases only")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
-    rows, memory = [], {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, vocab in MODELS:
-            directory = make_model(Path(folder) / f"{name}-{vocab}", name, vocab)
-            model = DecoderModel(directory, None, torch.device("cpu"))
-            small = Case(4, 4, 50)
-            trie_scores(model, small.jobs(vocab))  # warm up
-            memory[f"{name} V{vocab}"] = extra_memory(model, small, vocab)
-            hf = HuggingFace(directory)
-            for case in NAMED if args.quick else SWEEP:
-                rows.append(measure(name, vocab, model, case, hf if case in NAMED else None))
-                print(rows[-1], file=sys.stderr, flush=True)
-        sampled = sampling.rows(Path(folder))
         vllm = vllm_rows(Path(folder))
+        sampled = sampling.rows(Path(folder))
+        rows, memory = scoring_rows(Path(folder), args.quick)
     named = [row for row in rows if "max diff" in row]
-    plain = [{k: row[k] for k in list(row)[:6]} for row in rows]
-    for title, table in (("Every case", plain), ("Against plain ways", named),
-                         ("Sampling", sampled), ("vLLM", vllm)):  # fmt: skip
+    plain = [{key: row[key] for key in list(row)[:6]} for row in rows]
+    print(f"extra memory while scoring T4 G4 S50, MB: {report.cells(memory)}")
+    for title, table in (
+        ("Every case", plain),
+        ("Against plain ways", named),
+        ("Sampling", sampled),
+        ("vLLM", vllm),
+    ):
         if table:
             print(f"\n{title}")
             report.print_table(table)
-    print("\nextra memory while scoring T4 G4 S50 (MB):", memory)
     path = report.write("score", rows=rows, sampling=sampled, vllm=vllm, extra_memory_mb=memory)
     print(f"written to {path.name}")
 

@@ -50,7 +50,7 @@ def merged(packed: "Packed") -> Attend:
         for at_BL in packed.leaves:
             q_BHLW, k_BKLW, v_BKLW = (x[at_BL].transpose(1, 2) for x in (q, k, v))
             out, lse = flash(q_BHLW, k_BKLW, v_BKLW, 0.0, True)
-            out_NHW[at_BL], lse_NH[at_BL] = out.transpose(1, 2), lse.transpose(1, 2)
+            out_NHW[at_BL], lse_NH[at_BL] = out.transpose(1, 2).float(), lse.transpose(1, 2)
         q_1HNW, k_1KNW, v_1KNW = (x.transpose(0, 1)[None] for x in (q, k, v))
         out_1HNW, lse_1HN = out_NHW.transpose(0, 1)[None], lse_NH.T[None]
         for piece in packed.pieces:

@@ -99,7 +99,9 @@ class DecoderModel:
         self.parameters = hf.num_parameters()
 
     def empty_hidden(self, rows: int) -> torch.Tensor:
-        return torch.empty((rows, self.embedding.shape[1]), dtype=self.dtype, device=self.device)
+        """Rows to fill; one that never was is NaN, so that nobody takes it for a number."""
+        shape = (rows, self.embedding.shape[1])
+        return torch.full(shape, float("nan"), dtype=self.dtype, device=self.device)
 
     def forward(
         self, ids_N: torch.Tensor, positions_N: torch.Tensor, attend: Attend

@@ -122,6 +122,7 @@ class Sampler:
         self.budget, self.max_running = budget, max_running
         self.decode: Decode | None = None
         self.waiting: deque[Sequence] = deque()
+        self.admitted: list[Sequence] = []  # their prompts are being computed
         self.running: list[Sequence] = []  # in slab row order
         self.lengths: list[int] = []  # tokens of each whose KV the slab holds
         self.slab = Slab(model)
@@ -133,9 +134,10 @@ class Sampler:
         """Sample one token for every running sequence, those newly admitted included."""
         self._retire()
         hidden = [self._decode_step()] if self.running else []
-        admitted = self._admit()
-        if admitted:
-            hidden.append(self._prefill(admitted))
+        self.admitted = self._admit()
+        if self.admitted:
+            hidden.append(self._prefill(self.admitted))
+            self.admitted = []
         if not hidden:
             return Step([], 0)
         drawn = choose_tokens(
@@ -147,12 +149,11 @@ class Sampler:
         return Step(news, len(self.running))
 
     def abandon(self) -> list[Sequence]:
-        """Give up everything after a failure; return who was affected."""
-        affected = [*self.running, *self.waiting]
-        self.running, self.lengths = [], []
-        self.waiting.clear()
+        """Give up what a failed step was at; return whom that ends. Who waits, waits on."""
+        affected = dict.fromkeys([*self.running, *self.admitted])
+        self.running, self.lengths, self.admitted = [], [], []
         self.slab = Slab(self.model)
-        return affected
+        return [sequence for sequence in affected if not sequence.finish]
 
     def _admit(self) -> list[Sequence]:
         admitted: list[Sequence] = []
@@ -183,6 +184,8 @@ class Sampler:
             first = sequence.index == 0  # the n sequences of a request share their prompt
             sequence.usage = Usage(size, size, size - computed, computed) if first else Usage(size)
         hidden_RD = run_work(self.model, self.attention, work, self.budget)
+        if len(admitted) > 1 and not hidden_RD.isfinite().all():
+            return self._prefill_apart(admitted)
         longest = max(len(s.prompt) + min(s.max_tokens, 2 * EMIT_TOKENS) for s in admitted)
         self.slab.fit(len(self.running) + len(admitted), longest)
         for sequence in admitted:
@@ -193,6 +196,15 @@ class Sampler:
         self.trie.drop_transient()
         self.trie.evict()
         return hidden_RD[rows]
+
+    def _prefill_apart(self, admitted: list[Sequence]) -> torch.Tensor:
+        """A masked NaN spoils whoever it is computed with: each prompt alone, nothing shared."""
+        hidden = []
+        for sequence in admitted:
+            self.trie.drop_transient()
+            self.trie.evict(0)
+            hidden.append(self._prefill([sequence]))
+        return torch.cat(hidden)
 
     def _decode_step(self) -> torch.Tensor:
         """Feed every running sequence its last token; return the hidden states."""
@@ -209,7 +221,11 @@ class Sampler:
         ended = [i for i, s in enumerate(self.running) if s.finish or s.cancelled]
         for row in reversed(ended):
             sequence, length = self.running[row], self.lengths[row]
-            if sequence.finish != "error":
+            if sequence.finish == "error":
+                # A masked NaN is a NaN again as soon as it meets the zero weight of its key.
+                self.slab.kv[:, :, row] = 0
+                self.trie.evict(0)
+            else:
                 self._keep(sequence, length, row)
             last = len(self.running) - 1
             if row != last:

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 from transformers import AutoTokenizer
 
 from services.reward_server.engines import (
@@ -30,6 +31,7 @@ from services.reward_server.engines.sampler import Sampler, report
 from services.reward_server.engines.sampler import Sequence as Sampled
 from services.reward_server.engines.trie import Trie
 from services.reward_server.engines.trie_scorer import Chunk, as_ids
+from services.reward_server.engines.usage import count_tokens
 from services.reward_server.engines.version_lock import VersionLock
 
 log = logging.getLogger(__name__)
@@ -102,18 +104,20 @@ class TorchEngine:
         )
 
     async def score(self, jobs: Sequence[ScoreJob]) -> ScoreResult:
-        results: list[JobScore | None] = [self._refusal(job) for job in jobs]
         async with self._lock.serving():
+            results: list[JobScore | None] = [self._refusal(job) for job in jobs]
             version, call = self.policy_version, next(self._calls)
             # In trie order a branch once left is not needed again, whatever the cache holds.
             order = sorted(
                 (i for i, refused in enumerate(results) if refused is None),
-                key=lambda i: np.asarray(jobs[i].token_ids, ">u4").tobytes(),
+                key=lambda i: (np.asarray(jobs[i].token_ids, ">u4").tobytes(), i),
                 reverse=True,
             )
+            counted = await self._in_thread(count_tokens, [jobs[i] for i in sorted(order)])
+            usages = dict(zip(sorted(order), counted, strict=True))
             while order:
                 for i, result in await self._in_thread(self._score_some, jobs, order, call):
-                    results[i] = result
+                    results[i] = replace(result, usage=usages[i] + result.usage)
         done = tuple(result for result in results if result is not None)
         assert len(done) == len(jobs)
         return ScoreResult(done, version, "trie")
@@ -126,7 +130,13 @@ class TorchEngine:
             return JobScore(
                 "INVALID", f"{tokens} tokens with the answer exceed the model's {limit}"
             )
+        highest = max(map(max, (job.token_ids, *(answer.token_ids for answer in job.answers))))
+        if highest >= self.model.vocab_size:
+            return JobScore("INVALID", self._outside(highest))
         return None
+
+    def _outside(self, token_id: int) -> str:
+        return f"token id {token_id} is outside the vocabulary of {self.model.vocab_size}"
 
     def _score_some(
         self, jobs: Sequence[ScoreJob], order: list[int], call: int
@@ -139,7 +149,10 @@ class TorchEngine:
                 taken.append(order.pop())
                 chunk.add(jobs[taken[-1]])
             scores = chunk.score(self.model, self.attention, self.budget)
-        except (RuntimeError, MemoryError) as error:
+            if any(one.status == "ERROR" for one in scores):
+                # A masked key has weight zero, and zero times NaN is NaN for whoever met it.
+                raise ArithmeticError("a log-prob was not finite")
+        except Exception as error:
             self._clean(everything=True)
             return self._score_apart(jobs, taken, call, error)
         self._clean()
@@ -158,9 +171,9 @@ class TorchEngine:
             try:
                 chunk.add(jobs[i])
                 results.append((i, chunk.score(self.model, self.attention, budget)[0]))
-            except (RuntimeError, MemoryError) as again:
+            except Exception as again:
                 results.append((i, JobScore("ERROR", f"the engine failed: {again}")))
-            self._clean(everything=short)
+            self._clean(everything=short or results[-1][1].status == "ERROR")
         return results
 
     def _clean(self, everything: bool = False) -> None:
@@ -210,11 +223,11 @@ class TorchEngine:
             news.put_nowait(None)
 
     def _prompt_problem(self, request: SampleRequest) -> str:
-        limit, vocab = self.model.max_tokens, self.model.vocab_size
+        limit = self.model.max_tokens
         if (size := len(request.token_ids)) >= limit:
             return f"a prompt of {size} tokens leaves no room in the model's {limit}"
-        if (highest := max(request.token_ids)) >= vocab:
-            return f"token id {highest} is outside the vocabulary of {vocab}"
+        if (highest := max(request.token_ids)) >= self.model.vocab_size:
+            return self._outside(highest)
         return ""
 
     async def _sample_all(self) -> None:
@@ -222,7 +235,7 @@ class TorchEngine:
         while self.sampler.busy():
             try:
                 news = (await self._in_thread(self.sampler.step)).news
-            except (RuntimeError, MemoryError) as error:
+            except Exception as error:
                 log.warning("sampling failed", extra={"error": str(error)})
                 news = self.sampler.abandon()
                 await self._in_thread(self._clean, True)
@@ -256,7 +269,9 @@ class TorchEngine:
                 f"{directory} is another model: KV shape {tuple(shape)}, {model.vocab_size} tokens"
             )
         async with self._lock.swapping():
-            await self._in_thread(self._serve, directory, model)
+            await self._in_thread(int)  # calls that were cancelled may still be at work in it
+            # No await from here on: whoever cancels this call stops all of it or nothing.
+            self._serve(directory, model)
             self.policy_version = policy_version
 
     async def close(self) -> None:

@@ -15,29 +15,27 @@ MAX_SCORE = 1e-6  # a log-prob above this, or not finite, is not a score
 
 
 class Counter:
-    """Counts the positions of one job's paths; a position counts for the call's first user."""
+    """Counts what one job found cached and had computed; shared positions go to the first."""
 
     def __init__(self, call: int, work: Work) -> None:
         self.call = call
         self.work = work
-        self.total = self.unique = self.cached = self.computed = 0
+        self.cached = self.computed = 0
 
     def add(self, path: Sequence[Segment]) -> None:
         for run, _, stop in path:
             if run.call != self.call:
                 run.call, run.known = self.call, 0
-            self.unique += max(0, stop - run.known)
             self.cached += max(0, min(stop, run.computed) - run.known)
             run.known = max(run.known, stop)
             self.computed += self.work.compute(run, stop)
 
     def again(self) -> None:
-        """A held position whose hidden state was not kept is computed once more."""
-        self.cached -= 1
+        """A position whose KV is held, but not its hidden state, is computed once more."""
         self.computed += 1
 
     def usage(self) -> Usage:
-        return Usage(self.total, self.unique, self.cached, self.computed)
+        return Usage(tokens_cached=self.cached, tokens_computed=self.computed)
 
 
 class Chunk:
@@ -91,7 +89,6 @@ class Chunk:
         for end in job.prefix_ends:
             place = place_after(path, end)
             for answer in job.answers:
-                counter.total += end + answer.scored_end - 1
                 key = (id(place[0]), place[1], answer)
                 if key not in asked:
                     asked[key] = self._rows(place, answer, counter)

@@ -32,6 +32,8 @@ def count_tokens(jobs: Sequence[ScoreJob], runs: Sequence[Run] = ()) -> list[Usa
     those were there before the call. So tokens_cached + tokens_computed is what the call
     needed after sharing: tokens_unique, plus the positions that were computed again.
     """
+    if not jobs:
+        return []
     trie = _Edge(None, np.empty(0, np.int64), 0)
     total, unique, cached, computed = ([0] * len(jobs) for _ in range(4))
     leaves: dict[tuple[int, int, int], _Edge] = {}
