@@ -38,7 +38,7 @@ class Usage(msgspec.Struct, frozen=True):
     tokens_total: int = 0  # one pass per prefix and answer, nothing shared
     tokens_unique: int = 0  # distinct trie positions: what sharing leaves
     tokens_cached: int = 0  # of those, already held from earlier calls
-    tokens_computed: int = 0  # of those, run through the model in this call
+    tokens_computed: int = 0  # run through the model in this call, also when run again
 
     def __add__(self, other: "Usage") -> "Usage":
         return Usage(
@@ -74,7 +74,10 @@ class ScoreResult(msgspec.Struct, frozen=True):
 
 
 class SampleParams(msgspec.Struct, frozen=True):
-    """How to continue a prompt. Reported log-probs are always those of the raw distribution."""
+    """How to continue a prompt: nothing stops a sequence but what is named here.
+
+    Reported log-probs are always those of the raw distribution.
+    """
 
     max_tokens: int
     temperature: float = 1.0  # 0 is greedy
@@ -134,7 +137,7 @@ class Engine(Protocol):
     async def load_weights(self, directory: Path, policy_version: int) -> None:
         """Serve the checkpoint in `directory` from the next call on; calls under way finish first.
 
-        Raises and goes on serving the old weights when the checkpoint is unusable; raises
+        Raises InvalidInput and goes on serving the old weights when it is unusable; raises
         EngineUnhealthy, then and for ever after, when it failed half-way.
         """
 

@@ -26,6 +26,7 @@ from services.reward_server.engines import (
     ScoreResult,
 )
 from services.reward_server.engines.attention import BACKENDS
+from services.reward_server.engines.limits import why_invalid, why_not_sampled
 from services.reward_server.engines.model import DecoderModel
 from services.reward_server.engines.sampler import Sampler, report
 from services.reward_server.engines.sampler import Sequence as Sampled
@@ -33,6 +34,7 @@ from services.reward_server.engines.trie import Trie
 from services.reward_server.engines.trie_scorer import Chunk, as_ids
 from services.reward_server.engines.usage import count_tokens
 from services.reward_server.engines.version_lock import VersionLock
+from turnwise.errors import InvalidInput
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -123,20 +125,8 @@ class TorchEngine:
         return ScoreResult(done, version, "trie")
 
     def _refusal(self, job: ScoreJob) -> JobScore | None:
-        longest = max(answer.scored_end for answer in job.answers) - 1
-        tokens = job.prefix_ends[-1] + longest
-        if tokens > self.model.max_tokens:
-            limit = self.model.max_tokens
-            return JobScore(
-                "INVALID", f"{tokens} tokens with the answer exceed the model's {limit}"
-            )
-        highest = max(map(max, (job.token_ids, *(answer.token_ids for answer in job.answers))))
-        if highest >= self.model.vocab_size:
-            return JobScore("INVALID", self._outside(highest))
-        return None
-
-    def _outside(self, token_id: int) -> str:
-        return f"token id {token_id} is outside the vocabulary of {self.model.vocab_size}"
+        reason = why_invalid(job, self.model.max_tokens, self.model.vocab_size)
+        return JobScore("INVALID", reason) if reason else None
 
     def _score_some(
         self, jobs: Sequence[ScoreJob], order: list[int], call: int
@@ -199,7 +189,8 @@ class TorchEngine:
         sequences: list[Sampled] = []
         try:
             async with self._lock.serving():
-                if reason := self._prompt_problem(request):
+                limit, vocab = self.model.max_tokens, self.model.vocab_size
+                if reason := why_not_sampled(request, limit, vocab):
                     for index in range(params.n):
                         chunk = SampleChunk(index, (), (), self.policy_version, "error", reason)
                         news.put_nowait(chunk)
@@ -207,8 +198,8 @@ class TorchEngine:
                 if params.stop_strings and self.sampler.decode is None:
                     self.sampler.decode = await self._in_thread(load_decode, self.model_path)
                 prompt = as_ids(request.token_ids)
-                limit = min(params.max_tokens, self.model.max_tokens - len(prompt))
-                sequences = [Sampled(prompt, params, index, limit) for index in range(params.n)]
+                room = min(params.max_tokens, limit - len(prompt))
+                sequences = [Sampled(prompt, params, index, room) for index in range(params.n)]
                 ended = asyncio.Semaphore(0)
                 self._listeners |= {id(sequence): (news, ended) for sequence in sequences}
                 self.sampler.waiting.extend(sequences)
@@ -222,14 +213,6 @@ class TorchEngine:
                 self._listeners.pop(id(sequence), None)
             news.put_nowait(None)
 
-    def _prompt_problem(self, request: SampleRequest) -> str:
-        limit = self.model.max_tokens
-        if (size := len(request.token_ids)) >= limit:
-            return f"a prompt of {size} tokens leaves no room in the model's {limit}"
-        if (highest := max(request.token_ids)) >= self.model.vocab_size:
-            return self._outside(highest)
-        return ""
-
     async def _sample_all(self) -> None:
         """Step the sampler while anybody wants tokens."""
         while self.sampler.busy():
@@ -241,11 +224,15 @@ class TorchEngine:
                 await self._in_thread(self._clean, True)
                 for sequence in news:
                     sequence.finish, sequence.reason = "error", f"the engine failed: {error}"
-            for sequence in news:
-                if (listener := self._listeners.get(id(sequence))) is not None:
-                    listener[0].put_nowait(self._chunk(sequence))
-                    if sequence.finish:
-                        listener[1].release()
+            self._tell(news)
+
+    def _tell(self, news: Sequence[Sampled]) -> None:
+        """Pass the new tokens of some sequences on to whoever listens."""
+        for sequence in news:
+            if (listener := self._listeners.get(id(sequence))) is not None:
+                listener[0].put_nowait(self._chunk(sequence))
+                if sequence.finish:
+                    listener[1].release()
 
     def _chunk(self, sequence: Sampled) -> SampleChunk:
         ids, logprobs, usage = report(sequence)
@@ -261,13 +248,13 @@ class TorchEngine:
 
     async def load_weights(self, directory: Path, policy_version: int) -> None:
         """Serve a checkpoint of the same shape; whatever is wrong with it changes nothing."""
-        model = await asyncio.to_thread(DecoderModel, directory, self.dtype, self.device)
-        if (shape := model.kv_shape.shape) != self.model.kv_shape.shape or (
-            model.vocab_size != self.model.vocab_size
-        ):
-            raise ValueError(
-                f"{directory} is another model: KV shape {tuple(shape)}, {model.vocab_size} tokens"
-            )
+        try:
+            model = await asyncio.to_thread(DecoderModel, directory, self.dtype, self.device)
+        except Exception as error:  # transformers, safetensors and torch all have their own
+            raise InvalidInput(str(directory), f"is no usable checkpoint: {error}") from error
+        shape = (*model.kv_shape.shape, model.vocab_size)
+        if shape != (*self.model.kv_shape.shape, self.model.vocab_size):
+            raise InvalidInput(str(directory), "is a model of another shape than the one served")
         async with self._lock.swapping():
             await self._in_thread(int)  # calls that were cancelled may still be at work in it
             # No await from here on: whoever cancels this call stops all of it or nothing.
@@ -278,6 +265,11 @@ class TorchEngine:
         if self._sampling is not None:
             self._sampling.cancel()
         await asyncio.to_thread(self._thread.shutdown, wait=True, cancel_futures=True)
+        left = [*self.sampler.abandon(), *self.sampler.waiting]
+        self.sampler.waiting.clear()
+        for sequence in left:
+            sequence.finish, sequence.reason = "error", "the engine was closed"
+        self._tell(left)
 
 
 def load_decode(model_path: Path) -> Callable[[list[int]], str]:

@@ -19,13 +19,14 @@ from services.reward_server.engines import (
     ScoreJob,
     ScoreResult,
 )
+from services.reward_server.engines.limits import why_invalid
 from services.reward_server.engines.version_lock import VersionLock
 from services.reward_server.engines.vllm_checkpoint import (
     Checkpoint,
     check_same_model,
     read_checkpoint,
 )
-from services.reward_server.engines.vllm_plan import PlannedRequest, plan_requests, why_invalid
+from services.reward_server.engines.vllm_plan import PlannedRequest, plan_requests
 from services.reward_server.engines.vllm_requests import submitted
 from services.reward_server.engines.vllm_sampling import SampleStream, sequence_requests
 from services.reward_server.engines.vllm_scoring import (

@@ -5,7 +5,6 @@ other, and the prefixes of a rollout in ascending order: each finds the blocks o
 """
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -65,15 +64,3 @@ def _longest(answers: dict[tuple[int, ...], list[Use]]) -> list[PlannedRequest]:
         else:
             planned.append(PlannedRequest(forced, uses))
     return planned
-
-
-def why_invalid(job: ScoreJob, max_tokens: int, vocab_size: int) -> str:
-    """Return why the model cannot take a job, or an empty string."""
-    tokens = job.prefix_ends[-1] + max(answer.scored_end for answer in job.answers)
-    if tokens > max_tokens:
-        return f"{tokens} tokens with the answer exceed the limit of {max_tokens}"
-    # The border knows the vocabulary as well; but here one bad id would kill vLLM's process.
-    highest = max(chain(job.token_ids, *(answer.token_ids for answer in job.answers)))
-    if highest >= vocab_size:
-        return f"token id {highest} is outside the vocabulary of {vocab_size}"
-    return ""

@@ -14,6 +14,7 @@ from services.reward_server.engines import (
     ScoreJob,
     Usage,
 )
+from services.reward_server.engines.limits import why_not_sampled
 from services.reward_server.engines.usage import count_tokens
 from services.reward_server.engines.vllm_scoring import bad_logprob, weights_label, wrong_weights
 
@@ -25,10 +26,8 @@ def sequence_requests(
 ) -> list[tuple[list[int], SamplingParams]] | str:
     """Return prompt and parameters of every sequence, or why the request cannot be served."""
     prompt, params = list(request.token_ids), request.params
-    if len(prompt) >= max_tokens:
-        return f"a prompt of {len(prompt)} tokens leaves no room under the limit of {max_tokens}"
-    if max(prompt) >= vocab_size:
-        return f"token id {max(prompt)} is outside the vocabulary of {vocab_size}"
+    if reason := why_not_sampled(request, max_tokens, vocab_size):
+        return reason
     if params.stop_strings and not has_tokenizer:
         return "stop strings need a tokenizer, and the model's directory holds none"
     try:

@@ -5,7 +5,6 @@ from services.reward_server.engines.vllm_plan import (
     PlannedRequest,
     Use,
     plan_requests,
-    why_invalid,
 )
 
 
@@ -43,15 +42,3 @@ def test_an_answer_that_begins_another_is_scored_along_with_it() -> None:
         PlannedRequest((6,), (Use(0, 0, 2),)),
         PlannedRequest((4, 5, 7), (Use(0, 0, 4), Use(0, 0, 0), Use(0, 0, 3), Use(0, 0, 1))),
     ]
-
-
-def test_a_job_fits_up_to_the_limit_counted_with_the_longest_scored_answer() -> None:
-    job = ScoreJob((1, 2, 3, 4), (2, 3), (answer(5), answer(5, 6, 7, 8, end=3)))
-
-    assert why_invalid(job, max_tokens=6, vocab_size=9) == ""
-    assert why_invalid(job, max_tokens=5, vocab_size=9) == (
-        "6 tokens with the answer exceed the limit of 5"
-    )
-    assert why_invalid(job, max_tokens=6, vocab_size=8) == (
-        "token id 8 is outside the vocabulary of 8"
-    )
