@@ -44,7 +44,8 @@ proto-check: install
 	$(BIN)/buf lint proto
 	$(BIN)/python proto/generate.py --check .
 
-bench: bench-credit bench-score ## every benchmark; each prints a table and writes benchmarks/results
+bench: bench-credit bench-score ## every benchmark (half an hour); writes benchmarks/README.md
+	$(BIN)/python -m benchmarks.readme
 
 bench-credit: install ## credit assignment and recorded groups
 	$(BIN)/python -m benchmarks.credit
@@ -54,5 +55,5 @@ bench-score: install ## the scoring engines against plain ways of scoring
 	$(BIN)/python -m benchmarks.score
 
 clean: ## remove environments, caches and runs
-	rm -rf .venv .venv-vllm .mypy_cache .ruff_cache .hypothesis build dist runs
+	rm -rf .venv .venv-vllm .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -32,7 +32,7 @@ def main() -> None:
     rows = [measure(norm, batch, lists, plain) for norm in get_args(Norm)]
     print_table(rows)
     shape = {"groups": GROUPS, "rollouts": ROLLOUTS, "turns": TURNS, "loop_groups": PLAIN_GROUPS}
-    write("credit", shape=shape, groups_per_second=rows)
+    write("credit", shape=shape, rows=rows)
 
 
 def measure(norm: Norm, batch: CreditBatch, lists: Any, plain: list[Group]) -> dict[str, Any]:

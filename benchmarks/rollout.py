@@ -26,6 +26,7 @@ from turnwise.rollout import (
     pack_logprobs,
     pack_mask,
 )
+from turnwise.scores import turn_gains
 
 ROLLOUTS, TOKENS, TURNS, PROMPT, REPEATS = 16, 8192, 10, 512, 20
 POLICY_SHARE = 0.5  # of a turn's tokens; the rest is the tool response
@@ -40,14 +41,15 @@ def make_rollout(name: str, rng: np.random.Generator) -> Rollout:
         mask[start : start + policy_tokens] = True
         logprobs = pack_logprobs(-rng.exponential(size=policy_tokens))
         turns.append(Turn(start=start, end=end, policy_version=42, packed_logprobs=logprobs))
+    scores = tuple((-rng.exponential(size=TURNS)).tolist())
     return Rollout(
         id=name,
         packed_ids=pack_ids(rng.integers(0, VOCABULARY, TOKENS)),
         packed_mask=pack_mask(mask),
         prompt_length=PROMPT,
         turns=tuple(turns),
-        scores=tuple((-rng.exponential(size=TURNS)).tolist()),
-        gains=tuple(rng.normal(size=TURNS - 1).tolist()),
+        scores=scores,
+        gains=tuple(turn_gains(scores)),
         score_version=42,
         outcome=1.0,
     )

@@ -8,13 +8,12 @@ import io
 import json
 import os
 import sys
-from collections.abc import Collection, Sequence
-from difflib import get_close_matches
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from turnwise import __version__, credit_command
-from turnwise.errors import TurnwiseError
+from turnwise.errors import TurnwiseError, nearest
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,14 +27,17 @@ class Parser(argparse.ArgumentParser):
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             name = unknown[0].partition("=")[0]
-            self.error(f"unknown argument {name}{_nearest(name, self._option_string_actions)}")
+            hint = f"; the nearest is {nearest(name, self._option_string_actions)}"
+            self.error(f"unknown argument {name}{hint if name.startswith('-') else ''}")
         return namespace, []
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
             problem = f"unknown {value}, not one of {', '.join(choices)}"
-            raise argparse.ArgumentError(action, problem + _nearest(str(value), choices))
+            raise argparse.ArgumentError(
+                action, f"{problem}; the nearest is {nearest(value, choices)}"
+            )
 
     def error(self, message: str) -> NoReturn:
         raise TurnwiseError(message)
@@ -43,9 +45,8 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return 0, 2 for an error, 130 for Ctrl-C, 141 when nobody reads stdout."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal is no error
     try:
+        prepare_stdout()
         code = run(argv)
         print(end="", flush=True)
         return code
@@ -57,10 +58,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):
             return 141
         message = f"{error.filename or 'standard output'}: {error.strerror}"
+    except MemoryError:
+        message = "out of memory"
     except KeyboardInterrupt:
         return 130
-    print(f"turnwise: error: {printable(message)}", file=sys.stderr)
+    if sys.stderr is not None:  # closed by the caller; print would turn to stdout
+        print(f"turnwise: error: {printable(message)}", file=sys.stderr)
     return 2
+
+
+def prepare_stdout() -> None:
+    """Make sure that stdout is open, takes any character, and is written to its last byte."""
+    if sys.stdout is None:
+        raise TurnwiseError("standard output is closed")
+    if not isinstance(sys.stdout, io.TextIOWrapper):
+        return
+    sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal is no error
+    raw: object = sys.stdout.buffer
+    if isinstance(raw, io.RawIOBase):  # PYTHONUNBUFFERED: a short write would be dropped
+        encoding, errors = sys.stdout.encoding, sys.stdout.errors
+        sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors)
 
 
 def run(argv: Sequence[str] | None) -> int:
@@ -132,8 +149,3 @@ def run_version(_args: argparse.Namespace) -> int:
 def printable(text: str) -> str:
     """Escape line breaks and control characters, so that a message stays one line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def _nearest(word: str, known: Collection[str]) -> str:
-    matches = get_close_matches(word, known, n=1)
-    return f"; the nearest is {matches[0]}" if matches else ""

@@ -7,9 +7,7 @@ always told by a boolean array of its own: a gain of 0 is a reward, a missing on
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
-from math import exp, log, sqrt
-from statistics import fmean
+from math import sqrt
 from typing import Literal, get_args
 
 import msgspec
@@ -17,16 +15,16 @@ import numpy as np
 
 from turnwise.credit_batch import LIMITS, BoolArray, CreditBatch, FloatArray, IntArray
 from turnwise.errors import InvalidInput, require_number, require_one_of
+from turnwise.scores import GainKind
 
-GainKind = Literal["log_prob", "prob"]
 Norm = Literal[
     "separate", "joint", "scaled_separate", "raw", "per_turn_index", "outcome_only", "gain_only"
 ]
-AliasRule = Literal["max", "first", "logsumexp", "mean"]
 
 MIN_STD = 1e-6  # A pool that spreads less carries no signal and gets zeros.
 VARIANCE_FLOOR, Z_EPSILON = 1e-8, 1e-6
 MIN_OUTCOME_Z, MAX_GAIN_SCALE = 0.3, 10.0  # Of `scaled_separate`.
+MAX_STEPS = 1e12  # Of a curriculum.
 
 
 class CreditOptions(msgspec.Struct, frozen=True):
@@ -204,46 +202,10 @@ def advantage_bound(options: CreditOptions, rollouts: int, turns: int) -> float:
     return options.gain_weight * (turns - 1) * gain_z + options.outcome_weight * outcome_z
 
 
-def answer_score(token_logprobs: Sequence[float]) -> float:
-    """Return the mean log-prob (nats per token) of the answer's tokens under one prefix."""
-    _require_scores("token_logprobs", token_logprobs)
-    return fmean(token_logprobs)
-
-
-def alias_score(scores: Sequence[float], rule: AliasRule) -> float:
-    """Return one score for a prefix from those of the answer's distinct aliases."""
-    require_one_of("rule", rule, get_args(AliasRule))
-    _require_scores("scores", scores)
-    if rule == "first":
-        return scores[0]
-    if rule == "mean":
-        return fmean(scores)
-    best = max(scores)
-    if rule == "max":
-        return best
-    # The log of the mean of exp, not of the sum: never above the best alias.
-    return best + log(fmean(exp(score - best) for score in scores))
-
-
-def turn_gains(scores: Sequence[float | None], kind: GainKind = "log_prob") -> list[float | None]:
-    """Return what each turn but the last of one rollout added; None next to a missing score."""
-    require_one_of("kind", kind, get_args(GainKind))
-    _require_scores("scores", [0.0 if score is None else score for score in scores])
-    values = [exp(score) if kind == "prob" and score is not None else score for score in scores]
-    return [None if a is None or b is None else b - a for a, b in pairwise(values)]
-
-
-def _require_scores(place: str, scores: Sequence[float]) -> None:
-    if not len(scores):
-        raise InvalidInput(place, "is empty")
-    for index, score in enumerate(scores):
-        require_number(f"{place}[{index}]", score, *LIMITS["scores"])
-
-
 def curriculum_weights(step: int, steps: int) -> tuple[float, float]:
     """Return the weights of the outcome, 0.5 -> 1, and of the gains, 1 -> 0.5, at a step."""
-    if steps < 1 or step < 0:
-        raise InvalidInput("step", f"must be 0 or more, of 1 or more steps, got {step} of {steps}")
+    require_number("step", step, 0, MAX_STEPS)
+    require_number("steps", steps, 1, MAX_STEPS)
     done = min(step / steps, 1.0)
     return 0.5 + 0.5 * done, 1.0 - 0.5 * done
 

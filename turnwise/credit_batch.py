@@ -18,11 +18,13 @@ FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
 
+MAX_LOGPROB = 1e-6  # A log-prob is at most 0; the rest is float residue.
+MAX_SIZE = 1e6
 # Inside these limits nothing overflows and float residue stays well below MIN_STD.
 LIMITS = {
-    "scores": (-1e6, 1e-6),
-    "gains": (-1e6, 1e6),
-    "outcome": (-1e6, 1e6),
+    "scores": (-MAX_SIZE, MAX_LOGPROB),
+    "gains": (-MAX_SIZE, MAX_SIZE),
+    "outcome": (-MAX_SIZE, MAX_SIZE),
     "gamma": (0.0, 1.0),
     "outcome_weight": (0.0, 100.0),
     "gain_weight": (0.0, 100.0),
@@ -71,11 +73,16 @@ class CreditBatch(msgspec.Struct, frozen=True, eq=False):
         low, high = LIMITS[name]
         bad = np.flatnonzero(valid & ~((low <= values) & (values <= high)))
         if len(bad):
-            rollout, item = _locate(counts, int(bad[0]))
-            group, rollout = _locate(self.rollouts_per_group, rollout)
-            place = f"groups[{group}].rollouts[{rollout}].{name}"
-            place += "" if name == "outcome" else f"[{item}]"
+            place = _place(name, int(bad[0]), counts, self.rollouts_per_group)
             require_number(place, float(values[bad[0]]), low, high)
+
+
+def _place(name: str, index: int, counts: IntArray, rollouts_per_group: IntArray) -> str:
+    """Return where a number stands, as in groups[0].rollouts[3].scores[1]."""
+    rollout, item = _locate(counts, index)
+    group, rollout = _locate(rollouts_per_group, rollout)
+    place = f"groups[{group}].rollouts[{rollout}].{name}"
+    return place if name == "outcome" else f"{place}[{item}]"
 
 
 def _locate(counts: IntArray, index: int) -> tuple[int, int]:
@@ -93,12 +100,23 @@ def to_batch(
 ) -> CreditBatch:
     """Return the batch for one list of scores (or gains) per rollout; None marks an invalid one."""
     counts = np.fromiter(map(len, values), np.int64, len(values))
-    flat = _numbers(list(chain.from_iterable(values)))
     groups = np.array(rollouts_per_group, np.int64)
-    return CreditBatch(*flat, counts + (given == "gains"), *_numbers(outcomes), groups, given)
+    flat = _numbers(given, list(chain.from_iterable(values)), counts, groups)
+    judged = _numbers("outcome", outcomes, np.ones(len(outcomes), np.int64), groups)
+    return CreditBatch(*flat, counts + (given == "gains"), *judged, groups, given)
 
 
-def _numbers(values: Sequence[float | None]) -> tuple[FloatArray, BoolArray]:
+def _numbers(
+    name: str, values: Sequence[float | None], counts: IntArray, rollouts_per_group: IntArray
+) -> tuple[FloatArray, BoolArray]:
+    if not set(map(type, values)) <= {float, type(None)}:
+        # numpy would take the text "-1" for a number, and fail on 10**400 without its place.
+        for index, value in enumerate(values):
+            try:
+                require_number("", 0.0 if value is None else value, *LIMITS[name])
+            except InvalidInput as error:
+                place = _place(name, index, counts, rollouts_per_group)
+                raise InvalidInput(place, error.problem) from error
     if None not in values:
         return np.array(values, np.float64), np.ones(len(values), np.bool_)
     valid = np.array([value is not None for value in values])

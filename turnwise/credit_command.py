@@ -52,10 +52,9 @@ def run(args: argparse.Namespace) -> int:
     if args.table:
         look = credit_table.Look(shutil.get_terminal_size().columns, *_terminal(args.color))
         lines = credit_table.table(batch, result, options, look)
-        text = "".join(f"{line}\n" for line in lines)
+        sys.stdout.writelines(f"{line}\n" for line in lines)
     else:
-        text = credit_file.reply(batch, result, options).decode()
-    sys.stdout.write(text)
+        sys.stdout.write(credit_file.reply(batch, result, options).decode())
     return 0
 
 

@@ -20,6 +20,38 @@ class InvalidInput(TurnwiseError):
         self.problem = problem
 
 
+class NotScored(TurnwiseError):
+    """A rollout has no scores; the message says which and why."""
+
+
+class RewardError(TurnwiseError):
+    """No usable reply from a reward server; the message names the server and what to do."""
+
+
+class RewardUnavailable(RewardError):
+    """No server answered."""
+
+
+class RewardOverloaded(RewardError):
+    """The server had no room in time."""
+
+
+class DeadlineExceeded(RewardError):
+    """The deadline of the call passed."""
+
+
+class AccessDenied(RewardError):
+    """The server does not accept the token or the certificate."""
+
+
+class RequestRefused(RewardError):
+    """The server could not make sense of the request; a retry cannot help."""
+
+
+class StreamBroken(RewardError):
+    """A session or a sample ended half-way; what came before it is not the whole."""
+
+
 def nearest(name: object, known: Collection[str]) -> str:
     """The known name that comes nearest to one that is not."""
     return get_close_matches(str(name)[:64], known, n=1, cutoff=0.0)[0]

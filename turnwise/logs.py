@@ -28,7 +28,7 @@ def setup_logging(
 
 
 class LineFormatter(logging.Formatter):
-    """Renders a record as one line, and masks secrets wherever in it they stand."""
+    """Renders a record as one line, and masks secrets wherever in its values they stand."""
 
     def __init__(self, log_format: Literal["text", "json"], secrets: Collection[str]) -> None:
         super().__init__()
@@ -38,7 +38,8 @@ class LineFormatter(logging.Formatter):
         self.secrets = sorted(forms - {""}, key=len, reverse=True)
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = self.masked(_fields(record))
+        # The names of the fields stand in our code: a short secret must not break them.
+        fields = {name: self.masked(value) for name, value in _fields(record).items()}
         return json.dumps(fields) if self.log_format == "json" else _text(fields)
 
     def masked(self, value: Any) -> Any:

@@ -15,7 +15,8 @@ import msgspec
 
 from turnwise.errors import InvalidInput, require_one_of
 
-Metric = Literal["squad", "token_sets", "exact_match"]
+F1Mode = Literal["squad", "token_sets"]
+Metric = Literal[F1Mode, "exact_match"]
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -26,7 +27,7 @@ class AnswerFormat(msgspec.Struct, frozen=True):
     """How the policy marks its prediction, and what may follow it."""
 
     tag: str = "answer"
-    endings: tuple[str, ...] = ("<|im_end|>", "<|endoftext|>")
+    endings: tuple[str, ...] = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "</s>")
 
 
 DEFAULT_FORMAT = AnswerFormat()
@@ -39,9 +40,10 @@ class Judgement(msgspec.Struct, frozen=True):
     fault: str | None = None
 
 
-def f1(prediction: str, answer: str, metric: Metric = "squad") -> float:
+def f1(prediction: str, answer: str, mode: F1Mode = "squad") -> float:
     """Return the word-level F1; when one text has no words, 1 if neither has and 0 otherwise."""
-    predicted, wanted = _words(prediction, metric), _words(answer, metric)
+    require_one_of("mode", mode, get_args(F1Mode))
+    predicted, wanted = _words(prediction, mode), _words(answer, mode)
     if not predicted or not wanted:
         return float(predicted == wanted)
     common = (predicted & wanted).total()
@@ -53,8 +55,8 @@ def exact_match(prediction: str, answer: str) -> float:
     return float(_squad_words(prediction) == _squad_words(answer))
 
 
-def _words(text: str, metric: Metric) -> Counter[str]:
-    if metric == "token_sets":
+def _words(text: str, mode: F1Mode) -> Counter[str]:
+    if mode == "token_sets":
         return Counter(set(text.lower().translate(SPACE_PUNCTUATION).split()))
     return Counter(_squad_words(text))
 
@@ -65,12 +67,22 @@ def _squad_words(text: str) -> list[str]:
 
 
 def policy_texts(
-    token_ids: Sequence[int], policy_mask: Sequence[bool], decode: Callable[[list[int]], str]
+    token_ids: Sequence[int],
+    policy_mask: Sequence[bool],
+    turn_spans: Sequence[tuple[int, int]],
+    decode: Callable[[list[int]], str],
 ) -> list[str]:
-    """Return one text for each run of policy tokens; nothing joins them across a tool response."""
-    pairs = zip(token_ids, policy_mask, strict=True)
-    runs = groupby(pairs, key=lambda pair: bool(pair[1]))
-    return [decode([token for token, _ in run]) for policy, run in runs if policy]
+    """Return one text per run of policy tokens; turns and tool responses keep them apart."""
+    if len(token_ids) != len(policy_mask):
+        problem = f"holds {len(policy_mask)} values for {len(token_ids)} tokens"
+        raise InvalidInput("policy_mask", problem)
+    texts = []
+    for start, end in turn_spans:
+        pairs = zip(token_ids[start:end], policy_mask[start:end], strict=True)
+        for policy, run in groupby(pairs, key=lambda pair: bool(pair[1])):
+            if policy:
+                texts.append(decode([token for token, _ in run]))
+    return texts
 
 
 def judge(texts: Sequence[str], answer_format: AnswerFormat = DEFAULT_FORMAT) -> Judgement:

@@ -6,20 +6,23 @@ give them back as read-only numpy arrays. Whatever could be constructed is valid
 """
 
 from itertools import pairwise
+from math import exp
 from typing import Literal, get_args
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from turnwise.credit_batch import LIMITS, MAX_LOGPROB
 from turnwise.errors import InvalidInput
+from turnwise.scores import GainKind
 
 SCHEMA_VERSION = 1
 MAX_GROUP_BYTES = 64 * 2**20  # 16 rollouts x 8k tokens take about 1 MB.
-MAX_LOGPROB = 1e-6  # A log-prob is at most 0; the rest is float residue.
-MAX_SIZE = 1e6  # The same limit as in credit.py, so that no reader meets what it must refuse.
+GAIN_TOLERANCE = 1e-6  # Of the larger score, or of 1: what rounding may take from a gain.
 
 Status = Literal["OK", "INVALID", "DEADLINE", "OVERLOADED", "ERROR"]
+NO_OUTCOME = ("deadline", "tool_failed")  # No fault of the policy: the rollout is masked.
 EndReason = Literal[
     "answered", "malformed", "out_of_turns", "out_of_tokens", "deadline", "tool_failed"
 ]
@@ -57,7 +60,8 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     prompt_length: int  # tokens; turn 0 starts here
     turns: tuple[Turn, ...]
     scores: tuple[float | None, ...]  # nats per token, one per prefix 0..T-1; None = invalid
-    gains: tuple[float | None, ...]  # one per turn but the last; None = invalid
+    gains: tuple[float | None, ...]  # one per turn but the last; None beside an invalid score
+    gain_kind: GainKind = "log_prob"  # what the gains are differences of
     score_version: int | None = None  # the policy version that scored; None = not scored
     route: str = ""  # the route that scored; empty = not scored
     outcome: float | None = None  # None = not judged: the rollout is masked
@@ -88,10 +92,16 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         _check_tokens(self)
         _check_turns(self)
         _check_scores(self)
+        _check_gains(self)
         _check(self.status in get_args(Status), "status", f"{self.status} is unknown")
         _check(self.status == "OK" or self.reason != "", "reason", f"is empty for {self.status}")
         known = self.end_reason is None or self.end_reason in get_args(EndReason)
         _check(known, "end_reason", f"{self.end_reason} is unknown")
+        # What failed must not teach.
+        unscored = self.status == "OK" or all(score is None for score in self.scores)
+        _check(unscored, "scores", f"are not all None for {self.status}")
+        masked = self.outcome is None or self.end_reason not in NO_OUTCOME
+        _check(masked, "outcome", f"is not None for {self.end_reason}")
 
 
 class Group(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -206,24 +216,39 @@ def _check_turns(rollout: Rollout) -> None:
 
 
 def _check_scores(rollout: Rollout) -> None:
-    scores, gains, turns = rollout.scores, rollout.gains, len(rollout.turns)
+    scores, turns = rollout.scores, len(rollout.turns)
     _check(len(scores) == turns, "scores", f"{len(scores)} for {turns} turns")
-    _check(len(gains) == max(turns - 1, 0), "gains", f"{len(gains)} for {turns} turns")
     for index, score in enumerate(scores):
-        _check_number(f"scores[{index}]", score, MAX_LOGPROB)
-    for index, (gain, around) in enumerate(zip(gains, pairwise(scores), strict=True)):
-        _check_number(f"gains[{index}]", gain, MAX_SIZE)
-        alone = gain is not None and None in around
-        _check(not alone, f"gains[{index}]", "is valid beside an invalid score")
-    _check_number("outcome", rollout.outcome, MAX_SIZE)
+        _check_number(f"scores[{index}]", score, *LIMITS["scores"])
+    _check_number("outcome", rollout.outcome, *LIMITS["outcome"])
     version, unscored = rollout.score_version, all(score is None for score in scores)
     _check(version is None or version >= 0, "score_version", f"{version} is below 0")
     _check(version is not None or unscored, "score_version", "is missing for the scores")
 
 
-def _check_number(place: str, value: float | None, high: float) -> None:
-    good = value is None or -MAX_SIZE <= value <= high  # NaN fails every comparison.
-    _check(good, place, f"{value} is not in {-MAX_SIZE:g}..{high:g}")
+def _check_gains(rollout: Rollout) -> None:
+    """A gain is what its two scores say; it is missing where one of them is, and only there."""
+    gains, kind, turns = rollout.gains, rollout.gain_kind, len(rollout.turns)
+    _check(kind in get_args(GainKind), "gain_kind", f"{kind} is unknown")
+    _check(len(gains) == max(turns - 1, 0), "gains", f"{len(gains)} for {turns} turns")
+    for index, (gain, (before, after)) in enumerate(
+        zip(gains, pairwise(rollout.scores), strict=True)
+    ):
+        place = f"gains[{index}]"
+        if before is None or after is None:
+            _check(gain is None, place, "is valid beside an invalid score")
+            continue
+        values = (before, after) if kind == "log_prob" else (exp(before), exp(after))
+        wanted, room = values[1] - values[0], GAIN_TOLERANCE * max(1.0, *map(abs, values))
+        # NaN fails every comparison.
+        good = isinstance(gain, float | int) and abs(gain - wanted) <= room
+        _check(good, place, f"is {gain}, but its scores give {wanted:g}")
+
+
+def _check_number(place: str, value: float | None, low: float, high: float) -> None:
+    if value is not None:
+        _check(isinstance(value, float | int), place, f"{value!r} is no number")
+        _check(low <= value <= high, place, f"{value} is not in {low:g}..{high:g}")  # nor is NaN
 
 
 def _vector(values: npt.ArrayLike, kinds: str, place: str) -> npt.NDArray[np.generic]:

@@ -2,14 +2,18 @@
 
 One class per service, a subclass of `Settings`; the environment is read in `load_settings` and
 nowhere else. The norm of section credit is `[credit] norm` in the file and TURNWISE_CREDIT__NORM
-in the environment, where an empty variable counts as not set.
+in the environment, where an empty variable counts as not set. One file and one environment serve
+every process: each service has a section, `[reward_server]` or TURNWISE_REWARD_SERVER__PORT, and
+leaves the sections of the others alone.
 """
 
 import tomllib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from reprlib import repr as short_repr
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar, get_args
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_core import ErrorDetails
@@ -21,13 +25,16 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from turnwise.credit import GainKind, Norm
+from turnwise.credit import Norm
 from turnwise.errors import InvalidInput, nearest
+from turnwise.scores import GainKind
 
 PREFIX = "TURNWISE_"
 CONFIG_VARIABLE = "TURNWISE_CONFIG"  # path of the TOML file, when --config does not give it
 DEFAULT_FILE = Path("turnwise.toml")  # read where it exists
 MAX_FILE_BYTES = 2**20
+# Each is known to the settings class of its own service, and to no other class.
+SERVICE_SECTIONS = ("reward_server", "search_server", "rollout_worker", "trainer")
 
 Values = dict[str, Any]  # key -> value; a key is dotted, as in credit.norm
 
@@ -53,6 +60,9 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
     api_token: SecretStr | None = Field(default=None, min_length=1)
+    run: str | None = None  # the training run whose weights and groups a service follows
+    redis_url: SecretStr | None = None  # may hold a password
+    weights_root: Path = Path("weights")  # holds <run>/v00000042
     credit: CreditSettings = CreditSettings()
 
     @classmethod
@@ -70,27 +80,42 @@ AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 def load_settings(
-    cls: type[AnySettings], config_path: Path | None, environ: Mapping[str, str]
+    cls: type[AnySettings],
+    config_path: Path | None,
+    environ: Mapping[str, str],
+    flags: Mapping[str, tuple[str, str]] = MappingProxyType({}),
 ) -> tuple[AnySettings, dict[str, str]]:
-    """Return the settings and the source of every key: default, the file's path or a variable."""
+    """Return the settings and the source of every key: default, file, variable or flag.
+
+    `flags` are command-line options, which win: key -> (option, value).
+    """
     kinds = dict(_keys(cls))
     path = config_path or _default_path(environ)
+    others = {name for name in SERVICE_SECTIONS if name not in cls.model_fields}
     table = _read_table(path) if path else {}
+    table = {name: value for name, value in table.items() if name not in others}
     sections = {key.rpartition(".")[0] for key in kinds}
     in_file = {key: value for key, value in _flatten(table) if value != {} or key not in sections}
     _refuse_unknown("key", in_file, kinds, str(path))
 
-    variables = {name: value for name, value in environ.items() if name.startswith(PREFIX)}
+    foreign = tuple(f"{PREFIX}{name.upper()}__" for name in others)
+    variables = {
+        name: value
+        for name, value in environ.items()
+        if name.startswith(PREFIX) and not name.startswith(foreign)
+    }
     key_of = {PREFIX + key.replace(".", "__").upper(): key for key in kinds}
     _refuse_unknown("variable", variables, [*key_of, CONFIG_VARIABLE], "the environment")
     given = {name: value for name, value in variables.items() if value and name in key_of}
 
     sources = dict.fromkeys(kinds, "default")
     sources |= dict.fromkeys(in_file, str(path)) | {key_of[name]: name for name in given}
+    sources |= {key: option for key, (option, _) in flags.items()}
     try:
         env_source = EnvSettingsSource(cls)
         env_source.env_vars = {name.lower(): value for name, value in given.items()}
         values = in_file | dict(_flatten(env_source()))
+        values |= {key: value for key, (_, value) in flags.items()}
         return cls.model_validate(_nest(values)), sources
     except SettingsError as error:  # a variable that should hold a JSON list
         raise InvalidInput("the environment", str(error)) from error
@@ -104,9 +129,11 @@ def effective_values(settings: Settings) -> Values:
 
 
 def secret_values(settings: Settings) -> list[str]:
-    """Return the secrets in plain text, for the log filter alone."""
+    """Return the secrets, and the passwords in them, in plain text: for the log filter alone."""
     values = dict(_flatten(settings.model_dump())).values()
-    return [value.get_secret_value() for value in values if isinstance(value, SecretStr)]
+    secrets = [value.get_secret_value() for value in values if isinstance(value, SecretStr)]
+    passwords = [urlsplit(secret).password for secret in secrets if "://" in secret]
+    return secrets + [password for password in passwords if password]
 
 
 def _default_path(environ: Mapping[str, str]) -> Path | None:
@@ -170,7 +197,7 @@ def _bad_value(
     """Name key, limit and source in one line; the value too, unless it is a secret."""
     key = ".".join(str(part) for part in detail["loc"])
     kind, source = kinds.get(key), sources.get(key, "the settings")
-    problem = detail["msg"][:1].lower() + detail["msg"][1:]
+    problem = (detail["msg"][:1].lower() + detail["msg"][1:]).removeprefix("value error, ")
     if source != "default" and kind is not None and SecretStr not in (kind, *get_args(kind)):
         problem += f", got {short_repr(detail['input'])}"
-    return InvalidInput(key, f"{problem} (from {source})")
+    return InvalidInput(key, f"{problem} (from {source})" if key else problem)

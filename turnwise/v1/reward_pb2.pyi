@@ -100,7 +100,7 @@ class _AliasRuleEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enum
     ALIAS_RULE_LOGSUMEXP: _AliasRule.ValueType  # 3
     """Log of the mean of exp(score) over the distinct answers."""
     ALIAS_RULE_MEAN: _AliasRule.ValueType  # 4
-    """Mean over the answers."""
+    """Mean over the distinct answers."""
 
 class AliasRule(_AliasRule, metaclass=_AliasRuleEnumTypeWrapper):
     """How the scores of several answers (aliases) of one question become one score per prefix."""
@@ -114,7 +114,7 @@ ALIAS_RULE_MAX: AliasRule.ValueType  # 2
 ALIAS_RULE_LOGSUMEXP: AliasRule.ValueType  # 3
 """Log of the mean of exp(score) over the distinct answers."""
 ALIAS_RULE_MEAN: AliasRule.ValueType  # 4
-"""Mean over the answers."""
+"""Mean over the distinct answers."""
 global___AliasRule = AliasRule
 
 class _Scorer:
@@ -180,6 +180,7 @@ class Rollout(google.protobuf.message.Message):
     TOKEN_IDS_FIELD_NUMBER: builtins.int
     PREFIX_ENDS_FIELD_NUMBER: builtins.int
     ANSWERS_FIELD_NUMBER: builtins.int
+    POLICY_SPANS_FIELD_NUMBER: builtins.int
     rollout_id: builtins.str
     """Caller's name for it, returned with its score. Empty: none."""
     group_id: builtins.str
@@ -196,6 +197,10 @@ class Rollout(google.protobuf.message.Message):
     def answers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Answer]:
         """Reference answers (aliases), at least one."""
 
+    @property
+    def policy_spans(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TokenSpan]:
+        """What the policy wrote, in order (for answer_leaked). Empty: not known."""
+
     def __init__(
         self,
         *,
@@ -204,10 +209,33 @@ class Rollout(google.protobuf.message.Message):
         token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         prefix_ends: collections.abc.Iterable[builtins.int] | None = ...,
         answers: collections.abc.Iterable[global___Answer] | None = ...,
+        policy_spans: collections.abc.Iterable[global___TokenSpan] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["answers", b"answers", "group_id", b"group_id", "prefix_ends", b"prefix_ends", "rollout_id", b"rollout_id", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["answers", b"answers", "group_id", b"group_id", "policy_spans", b"policy_spans", "prefix_ends", b"prefix_ends", "rollout_id", b"rollout_id", "token_ids", b"token_ids"]) -> None: ...
 
 global___Rollout = Rollout
+
+@typing.final
+class TokenSpan(google.protobuf.message.Message):
+    """Tokens [start, end) of a list of token ids."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    START_FIELD_NUMBER: builtins.int
+    END_FIELD_NUMBER: builtins.int
+    start: builtins.int
+    """First token, counted from 0."""
+    end: builtins.int
+    """One past the last token; more than start, so never 0."""
+    def __init__(
+        self,
+        *,
+        start: builtins.int = ...,
+        end: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["end", b"end", "start", b"start"]) -> None: ...
+
+global___TokenSpan = TokenSpan
 
 @typing.final
 class Answer(google.protobuf.message.Message):
@@ -315,7 +343,7 @@ class ScoreTurnsResponse(google.protobuf.message.Message):
     policy_version: builtins.int
     """The version that scored all of them; 0: the starting model."""
     route: builtins.str
-    """The engine route that scored all of them, such as "trie"."""
+    """The engine route that scored all of them, such as "trie". Empty: none was scored."""
     @property
     def scores(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___RolloutScore]:
         """One per rollout, in order."""
@@ -353,7 +381,7 @@ class RolloutScore(google.protobuf.message.Message):
     USAGE_FIELD_NUMBER: builtins.int
     ANSWER_LEAKED_FIELD_NUMBER: builtins.int
     rollout_id: builtins.str
-    """As in the request."""
+    """As in the request; empty if it was."""
     status: global___RolloutStatus.ValueType
     """Never unspecified."""
     reason: builtins.str
@@ -361,9 +389,9 @@ class RolloutScore(google.protobuf.message.Message):
     policy_version: builtins.int
     """The version that scored every prefix; 0: the starting model."""
     route: builtins.str
-    """The engine route of every prefix."""
+    """The engine route of every prefix. Empty: not scored."""
     answer_leaked: builtins.bool
-    """An answer stands in the prompt or the policy's own earlier text."""
+    """An answer's scored tokens stand in the prompt, or in a policy span before the last prefix ends. False: not seen."""
     @property
     def prefixes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___PrefixScore]:
         """One per prefix when OK, else empty."""
@@ -403,7 +431,7 @@ class PrefixScore(google.protobuf.message.Message):
     SCORE_FIELD_NUMBER: builtins.int
     ANSWERS_FIELD_NUMBER: builtins.int
     score: builtins.float
-    """Mean answer log-prob (nats per token) by the alias rule. <= 1e-6."""
+    """Mean answer log-prob (nats per token) by the alias rule. <= 1e-6; 0 is probability 1, never a failure."""
     @property
     def answers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___AnswerScore]:
         """One per alias, in request order."""
@@ -427,7 +455,7 @@ class AnswerScore(google.protobuf.message.Message):
     SCORE_FIELD_NUMBER: builtins.int
     TOKEN_LOGPROBS_FIELD_NUMBER: builtins.int
     score: builtins.float
-    """Mean log-prob of the scored tokens (nats per token)."""
+    """Mean log-prob of the scored tokens (nats per token); 0 is probability 1."""
     @property
     def token_logprobs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
         """Per scored token (nats), when asked for; else empty."""
@@ -453,13 +481,13 @@ class Usage(google.protobuf.message.Message):
     TOKENS_CACHED_FIELD_NUMBER: builtins.int
     TOKENS_COMPUTED_FIELD_NUMBER: builtins.int
     tokens_total: builtins.int
-    """One pass per prefix and answer, nothing shared."""
+    """One pass per prefix and answer, nothing shared. 0: nothing was asked."""
     tokens_unique: builtins.int
-    """Distinct positions of the trie of all of them."""
+    """Distinct positions of the trie of all of them. 0: all were counted for another rollout."""
     tokens_cached: builtins.int
-    """Of what the call needed, held from earlier calls."""
+    """Of what the call needed, held from earlier calls. 0: none."""
     tokens_computed: builtins.int
-    """Of what the call needed, run through the model now."""
+    """Run through the model in this call, also when run again. 0: all was held."""
     def __init__(
         self,
         *,
@@ -554,16 +582,22 @@ class SessionExtend(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     TOKEN_IDS_FIELD_NUMBER: builtins.int
+    POLICY_SPANS_FIELD_NUMBER: builtins.int
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """The turn: policy tokens and tool response, at least one."""
+
+    @property
+    def policy_spans(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TokenSpan]:
+        """What of token_ids the policy wrote (for answer_leaked). Empty: not known."""
 
     def __init__(
         self,
         *,
         token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        policy_spans: collections.abc.Iterable[global___TokenSpan] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["policy_spans", b"policy_spans", "token_ids", b"token_ids"]) -> None: ...
 
 global___SessionExtend = SessionExtend
 
@@ -591,7 +625,7 @@ class ScoreSessionResponse(google.protobuf.message.Message):
     first_prefix: builtins.int
     """Index of the first prefix in score. 0 again when a new version re-scored all."""
     provisional: builtins.bool
-    """True until close: a new policy version may still replace these scores."""
+    """True until close: a new policy version may still replace these scores. False: final."""
     @property
     def score(self) -> global___RolloutScore:
         """After open and extend: the prefixes from first_prefix on. After close: all."""
@@ -638,25 +672,25 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     MAX_TOKENS_FIELD_NUMBER: builtins.int
     LIMITS_FIELD_NUMBER: builtins.int
     server_version: builtins.str
-    """turnwise's own version."""
+    """turnwise's own version. Never empty."""
     model: builtins.str
-    """Name or path of the policy's model."""
+    """Name or path of the policy's model. Never empty."""
     reference_model: builtins.str
     """Name or path of the reference model. Empty: there is none."""
     policy_version: builtins.int
     """Version now served; 0: the starting model."""
     engine: builtins.str
-    """"torch", "vllm" or "fake"."""
+    """"torch", "vllm" or "fake". Never empty."""
     route: builtins.str
-    """How answers are scored, such as "trie" or "forced_decode"."""
+    """How answers are scored, such as "trie" or "forced_decode". Never empty."""
     dtype: builtins.str
-    """Number format of the weights, such as "bfloat16"."""
+    """Number format of the weights, such as "bfloat16". Never empty."""
     device: builtins.str
-    """"cpu" or "cuda"."""
+    """Where the engine runs, such as "cpu" or "cuda". Never empty."""
     vocab_size: builtins.int
-    """Token ids must be smaller."""
+    """Token ids must be smaller. Never 0."""
     max_tokens: builtins.int
-    """Longest sequence in tokens, answer included."""
+    """Longest sequence in tokens, answer included. Never 0."""
     @property
     def limits(self) -> global___ServerLimits:
         """What one call may hold."""
@@ -693,18 +727,24 @@ class ServerLimits(google.protobuf.message.Message):
     MAX_ANSWERS_FIELD_NUMBER: builtins.int
     MAX_QUEUED_TOKENS_FIELD_NUMBER: builtins.int
     MAX_SAMPLES_FIELD_NUMBER: builtins.int
+    MAX_RUNNING_SAMPLES_FIELD_NUMBER: builtins.int
+    MAX_SESSIONS_FIELD_NUMBER: builtins.int
     max_request_bytes: builtins.int
-    """Size of one message in bytes."""
+    """Size of one message in bytes. No limit here is ever 0."""
     max_rollouts: builtins.int
-    """Rollouts in one ScoreTurns call."""
+    """Rollouts in one ScoreTurns call. Never 0."""
     max_prefixes: builtins.int
-    """Prefixes of one rollout."""
+    """Prefixes of one rollout. Never 0."""
     max_answers: builtins.int
-    """Aliases of one rollout."""
+    """Aliases of one rollout. Never 0."""
     max_queued_tokens: builtins.int
-    """Tokens waiting to be scored, over all callers."""
+    """Tokens waiting to be scored, over all callers. Never 0."""
     max_samples: builtins.int
-    """Sequences (prompts times n) in one Sample call."""
+    """Sequences (prompts times n) in one Sample call. Never 0."""
+    max_running_samples: builtins.int
+    """Sequences being sampled, over all callers. Never 0."""
+    max_sessions: builtins.int
+    """Sessions open at the same time, over all callers. Never 0."""
     def __init__(
         self,
         *,
@@ -714,8 +754,10 @@ class ServerLimits(google.protobuf.message.Message):
         max_answers: builtins.int = ...,
         max_queued_tokens: builtins.int = ...,
         max_samples: builtins.int = ...,
+        max_running_samples: builtins.int = ...,
+        max_sessions: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["max_answers", b"max_answers", "max_prefixes", b"max_prefixes", "max_queued_tokens", b"max_queued_tokens", "max_request_bytes", b"max_request_bytes", "max_rollouts", b"max_rollouts", "max_samples", b"max_samples"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["max_answers", b"max_answers", "max_prefixes", b"max_prefixes", "max_queued_tokens", b"max_queued_tokens", "max_request_bytes", b"max_request_bytes", "max_rollouts", b"max_rollouts", "max_running_samples", b"max_running_samples", "max_samples", b"max_samples", "max_sessions", b"max_sessions"]) -> None: ...
 
 global___ServerLimits = ServerLimits
 
@@ -851,15 +893,15 @@ class SampleResponse(google.protobuf.message.Message):
     POLICY_VERSION_FIELD_NUMBER: builtins.int
     USAGE_FIELD_NUMBER: builtins.int
     prompt_id: builtins.str
-    """As in the request."""
+    """As in the request; empty if it was."""
     prompt_index: builtins.int
-    """Index of the prompt in the request."""
+    """Index of the prompt in the request; 0 is the first."""
     sequence_index: builtins.int
     """Which of its n sequences, 0..n-1."""
     finish_reason: global___FinishReason.ValueType
     """Unspecified: more follows."""
     reason: builtins.str
-    """The stop string or id that was met, or what failed."""
+    """The stop string or id that was met, or what failed. Empty: nothing to say."""
     policy_version: builtins.int
     """The version that sampled all tokens of this sequence; 0: the starting model."""
     @property
@@ -902,9 +944,9 @@ class LoadPolicyRequest(google.protobuf.message.Message):
     POLICY_VERSION_FIELD_NUMBER: builtins.int
     MANIFEST_SHA256_FIELD_NUMBER: builtins.int
     path: builtins.str
-    """Directory of the version, relative to the server's weights root."""
+    """Directory of the version, relative to the server's weights root. Empty is refused."""
     policy_version: builtins.int
-    """The version it holds; must be newer than the one served."""
+    """The version it holds; must be newer than the one served, so never 0."""
     manifest_sha256: builtins.str
     """Hex digest its manifest must have. Empty: not checked."""
     def __init__(
@@ -927,9 +969,9 @@ class LoadPolicyResponse(google.protobuf.message.Message):
     POLICY_VERSION_FIELD_NUMBER: builtins.int
     LOAD_SECONDS_FIELD_NUMBER: builtins.int
     policy_version: builtins.int
-    """The version now served."""
+    """The version now served. Never 0."""
     load_seconds: builtins.float
-    """Time the load took, in seconds."""
+    """Time the load took, in seconds; never 0."""
     def __init__(
         self,
         *,

@@ -21,6 +21,7 @@ from services.reward_server.engines import (
     ScoreResult,
     Usage,
 )
+from services.reward_server.engines.limits import why_invalid, why_not_sampled
 from services.reward_server.engines.usage import count_tokens
 from services.reward_server.engines.version_lock import VersionLock
 
@@ -48,24 +49,16 @@ class FakeEngine:
 
     async def score(self, jobs: Sequence[ScoreJob]) -> ScoreResult:
         async with self._lock.serving():
-            refusals = [self._refusal(job) for job in jobs]
-            usages = iter(
-                count_tokens([job for job, r in zip(jobs, refusals, strict=True) if not r])
+            reasons = [why_invalid(job, self.max_tokens, self.vocab_size) for job in jobs]
+            asked = [*zip(jobs, reasons, strict=True)]
+            usages = iter(count_tokens([job for job, reason in asked if not reason]))
+            done = tuple(
+                JobScore("INVALID", reason) if reason else self._score(job, next(usages))
+                for job, reason in asked
             )
-            done = [
-                refused or self._score(job, next(usages))
-                for job, refused in zip(jobs, refusals, strict=True)
-            ]
-            result = ScoreResult(tuple(done), self.policy_version, "fake")
+            result = ScoreResult(done, self.policy_version, "fake")
             await asyncio.sleep(self.seconds_per_token * result.usage.tokens_computed)
             return result
-
-    def _refusal(self, job: ScoreJob) -> JobScore | None:
-        tokens = job.prefix_ends[-1] + max(answer.scored_end for answer in job.answers) - 1
-        if tokens <= self.max_tokens:
-            return None
-        limit = self.max_tokens
-        return JobScore("INVALID", f"{tokens} tokens with the answer exceed the model's {limit}")
 
     def _score(self, job: ScoreJob, usage: Usage) -> JobScore:
         usage = replace(usage, tokens_computed=usage.tokens_unique)
@@ -103,9 +96,7 @@ class FakeEngine:
         version, prompt, params = self.policy_version, len(request.token_ids), request.params
         if self.poison_id in request.token_ids:
             return _failed(index, version, f"token {self.poison_id} is poison")
-        room = self.max_tokens - prompt
-        if room <= 0:
-            reason = f"a prompt of {prompt} tokens leaves no room in {self.max_tokens}"
+        if reason := why_not_sampled(request, self.max_tokens, self.vocab_size):
             return _failed(index, version, reason)
         token = (sum(ids) + index + version) % self.vocab_size
         chunk = SampleChunk(index, (token,), (self._logprob(ids, token),), version)
@@ -113,7 +104,7 @@ class FakeEngine:
         finish: FinishReason | None = None
         if token in params.stop_token_ids:
             finish = "stop"
-        elif len(ids) - prompt == min(params.max_tokens, room):
+        elif len(ids) - prompt == min(params.max_tokens, self.max_tokens - prompt):
             finish = "length"
         if finish is None:
             return chunk

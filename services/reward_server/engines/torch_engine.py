@@ -58,12 +58,14 @@ class TorchEngine:
         *,
         policy_version: int = 0,
         dtype: str = "auto",
-        device: str = "cpu",
+        device: str = "auto",  # CUDA where there is a device
         attention: str = "auto",
         max_batch_tokens: int = 8192,  # tokens per forward pass
         cache_bytes: int = 2 << 30,  # KV kept between calls
         max_running: int = 256,  # sequences sampled at the same time
     ) -> None:
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
         self.dtype = DTYPES[dtype]
         self.budget, self.cache_bytes, self.max_running = max_batch_tokens, cache_bytes, max_running

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -89,7 +90,6 @@ def test_config_reads_the_file_it_is_given(capsys: pytest.CaptureFixture[str]) -
     [
         ([], "no command given; `turnwise --help` lists them"),
         (["--hlep"], "unknown argument --hlep; the nearest is --help"),
-        (["version", "now"], "unknown argument now"),
         (["config", "--jsn"], "unknown argument --jsn; the nearest is --json"),
         (["config", "--js"], "unknown argument --js"),  # no abbreviations
         (["config", "--config"], "argument --config: expected one argument"),
@@ -98,12 +98,17 @@ def test_config_reads_the_file_it_is_given(capsys: pytest.CaptureFixture[str]) -
         (["config", "--config", "a\nb\x1b[31m"], "a\\nb\\x1b[31m: No such file or directory"),
         (["config", "--config", "\udcff"], "\\udcff: No such file or directory"),
         (["credit", "nowhere"], "nowhere: No such file or directory"),
+        (["credit", ""], "file: has an empty name"),
     ],
 )
 def test_a_wrong_call_is_one_line(
     capsys: pytest.CaptureFixture[str], argv: list[str], line: str
 ) -> None:
     assert refused(capsys, *argv).startswith(line)
+
+
+def test_a_word_too_much_is_near_no_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, "version", "now") == "unknown argument now"
 
 
 def test_an_unknown_command_is_told_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,6 +176,14 @@ def test_credit_takes_its_defaults_from_the_settings() -> None:
     assert credit("--gamma", "1", "--norm", "separate") == pytest.approx(separate, abs=1e-6)
 
 
+@pytest.fixture(params=["buffered", "unbuffered"])
+def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As at home, and as in many a container."""
+    if request.param == "unbuffered":
+        monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+
+
+@pytest.mark.usefixtures("_both_ways")
 @pytest.mark.parametrize("argv", [["config"], ["--help"]])
 def test_a_reader_that_leaves_early_sees_no_complaint(argv: list[str]) -> None:
     reading, writing = os.pipe()
@@ -181,6 +194,76 @@ def test_a_reader_that_leaves_early_sees_no_complaint(argv: list[str]) -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+@pytest.fixture
+def large() -> str:
+    """A file whose reply no pipe holds at once."""
+    rollouts = ", ".join(['{"scores": [-2, -1], "outcome": 1}'] * 5000)
+    Path("large.json").write_text('{"groups": [{"rollouts": [' + rollouts + "]}]}")
+    return "large.json"
+
+
+@pytest.mark.usefixtures("_both_ways")
+def test_a_reader_that_leaves_in_the_middle_is_told_by_the_exit_code(large: str) -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "credit", large], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdout.read(10) == b'{"groups":'
+    process.stdout.close()
+
+    assert process.communicate()[1] == b""
+    assert process.returncode == 141
+
+
+@pytest.mark.usefixtures("_both_ways")
+def test_a_reply_that_does_not_fit_is_an_error_and_not_cut_short(large: str) -> None:
+    with Path("reply.json").open("wb") as file:
+        done = subprocess.run(
+            [*COMMAND, "credit", large],
+            stdout=file,
+            stderr=subprocess.PIPE,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)),
+            check=False,
+        )
+
+    assert done.stderr == b"turnwise: error: standard output: File too large\n"
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize("argv", ["version", "--help", "credit -"])
+def test_a_closed_standard_output_is_one_line(argv: str) -> None:
+    command = f"{sys.executable} -m turnwise {argv} >&-"
+    done = subprocess.run(command, shell=True, capture_output=True, input=b"{}", check=False)
+
+    line = b"turnwise: error: standard output is closed\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, b"", line)
+
+
+def test_a_closed_standard_error_leaves_standard_output_clean() -> None:
+    command = f"{sys.executable} -m turnwise credit nowhere 2>&-"
+    done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, check=False)
+
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
+def test_too_little_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")  # each thread reserves memory
+    scores = "0," * (4 * 2**20) + "0"
+    Path("large.json").write_text(
+        '{"groups": [{"rollouts": [{"scores": [' + scores + '], "outcome": 1}]}]}'
+    )
+    done = subprocess.run(
+        [*COMMAND, "credit", "large.json"],
+        capture_output=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (250 * 2**20, 250 * 2**20)),
+        check=False,
+    )
+
+    line = b"turnwise: error: out of memory\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, b"", line)
+
+
+@pytest.mark.usefixtures("_both_ways")
 def test_a_full_disk_is_one_line() -> None:
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(

@@ -1,8 +1,7 @@
 """Credit assignment, checked against the golden numbers of the method and a few by hand."""
 
 from collections.abc import Sequence
-from math import log
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 import numpy as np
@@ -14,18 +13,14 @@ from turnwise.credit import (
     CreditOptions,
     Norm,
     advantage_bound,
-    alias_score,
-    answer_score,
     credit,
     curriculum_weights,
     token_advantages,
-    turn_gains,
 )
 from turnwise.credit_batch import to_batch
 from turnwise.errors import InvalidInput
+from turnwise.scores import turn_gains
 
-R1_LOGPROBS = [[-2.0, -1.0, -3.0], [-1.5, -0.5, -1.0], [-0.2, -0.1, -0.3]]
-R2_LOGPROBS = [[-2.0, -1.0, -3.0], [-2.4, -1.2, -2.7], [-1.0, -1.4, -2.1]]
 SCORES: list[list[float | None]] = [[-2.0, -1.0, -0.2], [-2.0, -2.1, -1.5]]
 OUTCOMES = [1.0, 0.4]
 ONE = 0.999997  # the z-score of one of two outcomes 0.6 apart
@@ -43,18 +38,6 @@ def about(*numbers: float) -> Any:
     return pytest.approx(list(numbers), abs=1.01e-6)
 
 
-def test_a_score_is_the_mean_log_prob_of_the_answer() -> None:
-    assert [answer_score(tokens) for tokens in R1_LOGPROBS] == about(-2.0, -1.0, -0.2)
-    assert [answer_score(tokens) for tokens in R2_LOGPROBS] == about(-2.0, -2.1, -1.5)
-
-
-def test_gains_of_the_golden_rollouts() -> None:
-    assert turn_gains(SCORES[0]) == about(1.0, 0.8)
-    assert turn_gains(SCORES[1]) == about(-0.1, 0.6)
-    assert turn_gains(SCORES[0], "prob") == about(0.232544, 0.450851)
-    assert turn_gains(SCORES[1], "prob") == about(-0.012879, 0.100674)
-
-
 @pytest.mark.parametrize("kind", ["log_prob", "prob"])
 def test_a_batch_has_the_gains_of_its_rollouts(kind: Literal["log_prob", "prob"]) -> None:
     result = golden(gain=kind)
@@ -67,10 +50,6 @@ def test_a_batch_has_the_gains_of_its_rollouts(kind: Literal["log_prob", "prob"]
 def test_a_turn_that_adds_nothing_still_has_a_gain() -> None:
     assert turn_gains([-1.0, -1.0]) == [0.0]
     assert golden([[-1.0, -1.0], [-1.0, -2.0]]).gain_valid.tolist() == [True, False, True, False]
-
-
-def test_a_missing_score_takes_both_its_gains() -> None:
-    assert turn_gains([-4.0, None, -3.0, -1.0]) == [None, None, 2.0]
 
 
 def test_golden_a_log_prob_and_separate() -> None:
@@ -286,8 +265,15 @@ def test_curriculum_moves_weight_from_gains_to_outcome() -> None:
     assert curriculum_weights(0, 100) == (0.5, 1.0)
     assert curriculum_weights(50, 100) == (0.75, 0.75)
     assert curriculum_weights(100, 100) == curriculum_weights(101, 100) == (1.0, 0.5)
-    with pytest.raises(InvalidInput, match="step"):
-        curriculum_weights(0, 0)
+
+
+@pytest.mark.parametrize(
+    ("step", "steps", "place"),
+    [(0, 0, "steps"), (-1, 4, "step"), (float("nan"), 4, "step"), ("1", 4, "step")],
+)
+def test_a_step_that_is_none_is_refused(step: Any, steps: int, place: str) -> None:
+    with pytest.raises(InvalidInput, match=f"^{place}: must be a finite number from [01] to"):
+        curriculum_weights(step, steps)
 
 
 def test_given_gains_take_the_place_of_scores() -> None:
@@ -309,15 +295,12 @@ def test_a_rollout_that_ended_before_its_first_turn_counts_nowhere() -> None:
     assert result.advantages.tolist() == golden().advantages.tolist()
 
 
-def test_aliases() -> None:
-    scores = [log(0.1), log(0.5), log(0.3)]
+@pytest.mark.parametrize("norm", get_args(Norm))
+def test_a_batch_of_rollouts_without_a_turn_has_no_signal(norm: Norm) -> None:
+    result = credit(to_batch([[], []], [1.0, None], [2]), CreditOptions(norm=norm))
 
-    assert alias_score(scores, "first") == log(0.1)
-    assert alias_score(scores, "max") == log(0.5)
-    assert alias_score(scores, "mean") == pytest.approx(log(0.015) / 3)
-    assert alias_score(scores, "logsumexp") == pytest.approx(log(0.3))
-    assert alias_score([0.0, 0.0], "logsumexp") == 0.0
-    assert alias_score([-1e6, -900.0], "logsumexp") == pytest.approx(-900.0 + log(0.5))
+    assert (result.advantages.size, result.mask.size) == (0, 0)
+    assert result.zero_signal.tolist() == [True]
 
 
 def test_masked_turns_have_no_token_advantages() -> None:
@@ -356,6 +339,7 @@ def test_spans_that_are_no_turns_are_refused(spans: list[tuple[int, int]], place
         ("gamma", "1", "gamma"),
         ("gain_weight", -1.0, "gain_weight: must be a finite number from 0 to 100"),
         ("outcome_weight", float("inf"), "outcome_weight"),
+        ("outcome_weight", 100.5, "outcome_weight: must be a finite number from 0 to 100"),
     ],
 )
 def test_an_option_out_of_range_is_named(option: str, value: Any, problem: str) -> None:
@@ -369,12 +353,6 @@ def test_a_score_that_is_none_is_refused_in_its_place(bad: float) -> None:
 
     with pytest.raises(InvalidInput, match=r"^groups\[1\]\.rollouts\[1\]\.scores\[2\]: .* 1e-06"):
         to_batch(scores, [0.0] * 3, [1, 2])
-    with pytest.raises(InvalidInput, match=r"^scores\[2\]"):
-        turn_gains(scores[2])
-    with pytest.raises(InvalidInput, match=r"^scores\[2\]"):
-        alias_score(scores[2], "max")
-    with pytest.raises(InvalidInput, match=r"^token_logprobs\[2\]"):
-        answer_score(scores[2])
 
 
 @pytest.mark.parametrize("bad", [1.1e6, float("nan")])
@@ -383,6 +361,14 @@ def test_an_outcome_or_gain_out_of_range_is_refused_in_its_place(bad: float) -> 
         to_batch([[-1.0], [-1.0]], [0.0, bad], [1, 1])
     with pytest.raises(InvalidInput, match=r"^groups\[0\]\.rollouts\[1\]\.gains\[0\]: "):
         to_batch([[], [bad]], [0.0, 0.0], [2], given="gains")
+
+
+@pytest.mark.parametrize("bad", ["-1", "x", -(10**400), True, [-1.0], {}])
+def test_what_is_no_number_is_refused_in_its_place(bad: Any) -> None:
+    with pytest.raises(InvalidInput, match=r"^groups\[1\]\.rollouts\[0\]\.scores\[1\]: must be a"):
+        to_batch([[-1], [-1, bad]], [1, None], [1, 1])
+    with pytest.raises(InvalidInput, match=r"^groups\[0\]\.rollouts\[1\]\.outcome: must be a"):
+        to_batch([[-1.0], [-1.0]], [1.0, bad], [2])
 
 
 def test_what_stands_at_an_invalid_place_is_never_looked_at() -> None:
@@ -415,20 +401,11 @@ def test_a_batch_whose_arrays_do_not_fit_is_refused(changes: Any, problem: str) 
         msgspec.structs.replace(to_batch(SCORES, OUTCOMES, [2]), **changes)
 
 
-def test_no_numbers_are_no_score_and_no_gains() -> None:
-    with pytest.raises(InvalidInput, match="token_logprobs: is empty"):
-        answer_score([])
-    with pytest.raises(InvalidInput, match="scores: is empty"):
-        alias_score([], "first")
-    with pytest.raises(InvalidInput, match="scores: is empty"):
-        turn_gains([])
+def test_given_gains_belong_to_rollouts_of_a_turn_or_more() -> None:
+    batch = to_batch([[1.0], []], OUTCOMES, [2], given="gains")
 
-
-def test_an_unknown_rule_or_kind_is_refused() -> None:
-    with pytest.raises(InvalidInput, match=r"rule: .*nearest is 'max'"):
-        alias_score([-1.0], "maximum")  # type: ignore[arg-type]
-    with pytest.raises(InvalidInput, match=r"kind: .*nearest is 'prob'"):
-        turn_gains([-1.0], "probs")  # type: ignore[arg-type]
+    with pytest.raises(InvalidInput, match=r"batch: .*no count below 0"):
+        msgspec.structs.replace(batch, turns_per_rollout=np.array([3, 0]))  # 2 - 1 gains: still 1
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from typing import Any, get_args
 import pytest
 
 from turnwise import credit_command
-from turnwise.credit import PRESETS, CreditOptions, GainKind, Norm
+from turnwise.credit import PRESETS, CreditOptions, Norm
 from turnwise.errors import InvalidInput
+from turnwise.scores import GainKind
 from turnwise.settings import CreditSettings, Settings
 
 GOLDEN = (
@@ -174,7 +175,7 @@ def test_the_parser_needs_no_numpy() -> None:
         (b'{"groups": [{"rollouts": [{"scores": [-1, "x"], "outcome": 1}]}]}', b"scores[1]"),
         (b'{"groups": \xff', b"byte 11: is not UTF-8"),
         (b"\x85\xa2id", b"truncated"),
-        (b" " * (64 * 2**20 + 1), b"standard input: is larger than the limit of 64 MiB"),
+        (b" " * (12 * 2**20 + 1), b"standard input: is larger than the limit of 12 MiB"),
     ],
 )
 def test_a_bad_input_is_one_line_on_stderr_and_exit_code_2(data: bytes, place: bytes) -> None:

@@ -14,6 +14,7 @@ from turnwise.credit import PRESETS, CreditOptions, credit
 from turnwise.credit_file import change_options, parse, read_bytes, reply
 from turnwise.errors import InvalidInput
 from turnwise.rollout import Group, Rollout, Turn, encode_group, pack_ids, pack_logprobs, pack_mask
+from turnwise.scores import turn_gains
 
 GOOD = '{"groups": [{"rollouts": [{"scores": [-2, -1, -0.2], "outcome": 1}]}]}'
 
@@ -132,7 +133,7 @@ def test_input_above_the_limit_is_refused_and_not_read_to_its_end(
     path = tmp_path / "large.json"
     with path.open("wb") as file:
         file.truncate(100 * 2**20)
-    with pytest.raises(InvalidInput, match=r"large\.json: is larger than the limit of 64 MiB"):
+    with pytest.raises(InvalidInput, match=r"large\.json: is larger than the limit of 12 MiB"):
         read_bytes(str(path))
 
     monkeypatch.setattr(credit_file, "MAX_BYTES", 2**20)
@@ -150,6 +151,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         read_bytes(str(tmp_path))
     with pytest.raises(InvalidInput, match="null"):
         read_bytes("a\0b")
+    with pytest.raises(InvalidInput, match=r"^file: has an empty name"):
+        read_bytes("")
 
 
 def test_the_reply_has_golden_numbers_one_list_per_rollout() -> None:
@@ -270,7 +273,7 @@ def recorded(name: str, scores: tuple[float | None, ...], outcome: float | None)
         prompt_length=1,
         turns=turns,
         scores=scores,
-        gains=(None,) * max(len(scores) - 1, 0),
+        gains=tuple(turn_gains(scores)) if scores else (),
         score_version=3,
         outcome=outcome,
     )
@@ -298,6 +301,21 @@ def test_a_recorded_group_is_read_like_its_json() -> None:
     empty: dict[str, list[float]] = {"gains": [], "normalised": [], "advantages": [], "mask": []}
     assert document["groups"][0]["rollouts"] == [empty, *same["groups"][0]["rollouts"]]
     assert document["groups"][0]["statistics"] == same["groups"][0]["statistics"]
+
+
+def test_a_recorded_group_is_known_by_each_of_the_heads_of_a_map() -> None:
+    data = recorded_group(recorded("r0", (-2.0, -1.0), 1.0), recorded("r1", (-2.0,), 0.0))
+    fields, rest = data[0] & 0x0F, data[1:]
+
+    for head in (b"\xde" + fields.to_bytes(2, "big"), b"\xdf" + fields.to_bytes(4, "big")):
+        assert answer(head + rest) == answer(data)
+
+
+def test_a_recorded_group_of_failed_rollouts_has_empty_lists() -> None:
+    (group,) = answer(recorded_group(recorded("r0", (), None), recorded("r1", (), None)))["groups"]
+
+    assert [rollout["advantages"] for rollout in group["rollouts"]] == [[], []]
+    assert group["statistics"]["zero_signal"] is True
 
 
 def test_a_truncated_recorded_group_is_refused_wherever_it_ends() -> None:

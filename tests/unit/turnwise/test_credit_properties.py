@@ -10,19 +10,18 @@ from typing import get_args
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turnwise.credit import (
     Credit,
     CreditOptions,
-    GainKind,
     Norm,
     advantage_bound,
     credit,
-    turn_gains,
 )
 from turnwise.credit_batch import to_batch
+from turnwise.scores import GainKind, turn_gains
 
 Rollout = tuple[list[float | None], float | None]  # scores (or gains), outcome
 Group = list[Rollout]
@@ -59,6 +58,7 @@ def by_rollout(group: Group, result: Credit) -> list[list[float]]:
     return [part.tolist() for part in np.split(result.advantages, ends)]
 
 
+@settings(deadline=None)
 @given(BATCHES, OPTIONS)
 def test_it_agrees_with_the_definition_written_as_loops(
     groups: list[Group], options: CreditOptions
@@ -72,6 +72,7 @@ def test_it_agrees_with_the_definition_written_as_loops(
     assert result.mask.tolist() == list(mask)
 
 
+@settings(deadline=None)
 @given(st.lists(STEPS, min_size=1, max_size=9), st.sampled_from(get_args(GainKind)))
 def test_gains_telescope(scores: list[float], kind: GainKind) -> None:
     first, last = (exp(s) if kind == "prob" else s for s in (scores[0], scores[-1]))
@@ -82,6 +83,7 @@ def test_gains_telescope(scores: list[float], kind: GainKind) -> None:
     assert result.gains.sum() == pytest.approx(last - first)
 
 
+@settings(deadline=None)
 @given(GROUPS, OPTIONS, st.randoms())
 def test_permuting_rollouts_permutes_results(
     group: Group, options: CreditOptions, random: Random
@@ -97,6 +99,7 @@ def test_permuting_rollouts_permutes_results(
         assert advantages == pytest.approx(before[index], rel=1e-9, abs=1e-9)
 
 
+@settings(deadline=None)
 @given(GROUPS, st.integers(-1000, 1000))
 def test_a_constant_on_all_outcomes_changes_nothing_under_separate(
     group: Group, constant: int
@@ -109,6 +112,7 @@ def test_a_constant_on_all_outcomes_changes_nothing_under_separate(
     assert after == pytest.approx(before, rel=1e-9, abs=1e-9)
 
 
+@settings(deadline=None)
 @given(GROUPS, st.floats(-1e6, 1e6))
 def test_equal_outcomes_get_zeros_while_the_gains_still_teach(group: Group, same: float) -> None:
     tied: Group = [(scores, same) for scores, _ in group]
@@ -121,6 +125,7 @@ def test_equal_outcomes_get_zeros_while_the_gains_still_teach(group: Group, same
     assert result.zero_signal.tolist() == [len(set(counted.tolist())) < 2]
 
 
+@settings(deadline=None)
 @given(BATCHES, OPTIONS, st.floats(allow_nan=True, allow_infinity=True))
 def test_a_masked_number_is_never_looked_at(
     groups: list[Group], options: CreditOptions, garbage: float
@@ -137,6 +142,7 @@ def test_a_masked_number_is_never_looked_at(
     assert credit(dirty, options).advantages.tolist() == credit(clean, options).advantages.tolist()
 
 
+@settings(deadline=None)
 @given(GROUPS, SCORES, OPTIONS)
 def test_a_rollout_without_outcome_influences_nobody(
     group: Group, scores: list[float | None], options: CreditOptions
@@ -151,6 +157,7 @@ def test_a_rollout_without_outcome_influences_nobody(
     assert result.zero_signal.tolist() == alone.zero_signal.tolist()
 
 
+@settings(deadline=None)
 @given(GROUPS, OPTIONS.filter(lambda options: options.norm != "per_turn_index"))
 def test_a_turn_without_gain_is_to_the_others_as_if_it_were_not_there(
     group: Group, options: CreditOptions
@@ -166,6 +173,7 @@ def test_a_turn_without_gain_is_to_the_others_as_if_it_were_not_there(
     assert result.advantages[there].tolist() == pytest.approx(shorter.advantages.tolist())
 
 
+@settings(deadline=None)
 @given(BATCHES, OPTIONS)
 def test_groups_do_not_meet(groups: list[Group], options: CreditOptions) -> None:
     together = to_credit(groups, options)
@@ -186,6 +194,7 @@ ANY_GROUP = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(ANY_GROUP, OPTIONS)
 def test_no_input_gives_nan_or_an_advantage_above_the_bound(
     group: Group, options: CreditOptions
@@ -197,6 +206,7 @@ def test_no_input_gives_nan_or_an_advantage_above_the_bound(
     assert np.abs(result.advantages).max() <= bound * (1 + 1e-9)
 
 
+@settings(deadline=None)
 @given(BATCHES, OPTIONS)
 def test_zero_signal_means_that_no_turn_in_the_loss_has_an_advantage(
     groups: list[Group], options: CreditOptions

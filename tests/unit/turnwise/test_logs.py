@@ -77,6 +77,18 @@ def test_a_secret_is_masked_wherever_it_stands(log_format: Literal["text", "json
     assert "KeyError: '***'" in text
 
 
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_short_secret_does_not_break_the_names_of_fields(
+    log_format: Literal["text", "json"], capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup_logging("info", log_format, ["event", "id"])
+    logging.getLogger("turnwise.test").info("an event", extra={"group_id": "id7"})
+
+    err = capsys.readouterr().err
+    assert "an ***" in err
+    assert ("group_id=***7" if log_format == "text" else '"group_id": "***7"') in err
+
+
 def test_an_exception_is_one_json_line() -> None:
     try:
         raise RuntimeError("two\nlines")

@@ -1,6 +1,6 @@
 """Outcomes: word-level F1 as published, and a format judged on what the policy itself said."""
 
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import pytest
@@ -34,6 +34,9 @@ def test_golden_f1_of_token_sets() -> None:
         ("a  cat\nsat", "Cat sat!", 1.0),
         ("theatre", "atre", 0.0),  # an article is a word, not a prefix
         ("1,000", "1000", 1.0),
+        ("an apple", "apple", 1.0),
+        # A word counts as often as it stands in both: twice here, of 2 and 3.
+        ("york york", "York, York city", 2 * 2 / 5),
     ],
 )
 def test_f1_as_squad_defines_it(prediction: str, answer: str, expected: float) -> None:
@@ -64,6 +67,8 @@ def test_the_best_alias_counts() -> None:
     judgement = Judgement(prediction="New York City")
 
     assert outcome(judgement, ["Boston", "New York", "NYC"]) == pytest.approx(0.8)
+    # Neither token_sets ("u s") nor exact_match would see a word in common.
+    assert outcome(Judgement(prediction="the US Army"), ["U.S."]) == pytest.approx(2 / 3)
     assert outcome(judgement, ["Boston", "new york city"], "exact_match") == 1.0
     assert outcome(judgement, ["city of New York"], "exact_match") == 0.0
     assert outcome(judgement, ["the New York City"], "token_sets") == pytest.approx(2 * 3 / 7)
@@ -83,10 +88,21 @@ def test_no_answers_or_an_unknown_metric_is_refused() -> None:
         outcome(Judgement(fault="none"), ["Paris"], "f1")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("mode", ["sqad", "exact_match"])
+def test_f1_has_its_own_modes_and_no_other(mode: Any) -> None:
+    with pytest.raises(InvalidInput, match=r"^mode: .* allowed are squad, token_sets;"):
+        f1("Paris", "Paris", mode)
+
+
 def test_a_well_formed_answer_is_the_prediction() -> None:
     assert judge(["<think>hm</think><answer>\nParis \n</answer>"]) == Judgement(prediction="Paris")
     assert judge(["search", "<answer>Paris</answer>\n<|im_end|>\n"]).prediction == "Paris"
     assert judge(["<answer>1 < 2</answer>"]).prediction == "1 < 2"
+
+
+@pytest.mark.parametrize("ending", ["<|im_end|>", "<|endoftext|>", "<|eot_id|>", "</s>"])
+def test_the_end_of_a_text_may_follow_the_answer(ending: str) -> None:
+    assert judge([f"<answer>Paris</answer>{ending}\n"]).prediction == "Paris"
 
 
 @pytest.mark.parametrize(
@@ -114,45 +130,52 @@ def test_a_fault_says_what_is_wrong(texts: list[str], fault: str) -> None:
 
 
 def test_another_format_has_its_own_tag_and_endings() -> None:
-    boxed = AnswerFormat(tag="final", endings=("</s>",))
+    boxed = AnswerFormat(tag="final", endings=("[end]",))
 
-    assert judge(["<answer>no</answer> <final>Paris</final></s>"], boxed).prediction == "Paris"
+    assert judge(["<answer>no</answer> <final>Paris</final>[end]"], boxed).prediction == "Paris"
     assert "text follows" in str(judge(["<final>Paris</final><|im_end|>"], boxed).fault)
 
 
-def spoken(*parts: tuple[str, bool]) -> list[str]:
-    """The policy texts of a rollout whose tokens are characters; True marks what it said."""
+Part = tuple[str, bool]
+
+
+def spoken(*turns: list[Part]) -> list[str]:
+    """The policy texts after a prompt, where tokens are characters; True marks what it said."""
+    parts: list[Part] = [("Q?", False), *chain.from_iterable(turns)]
     ids = list(chain.from_iterable(map(ord, text) for text, _ in parts))
     mask = list(chain.from_iterable([policy] * len(text) for text, policy in parts))
-    return policy_texts(ids, mask, lambda tokens: "".join(map(chr, tokens)))
+    ends = [*accumulate((sum(len(text) for text, _ in turn) for turn in turns), initial=2)]
+    return policy_texts(ids, mask, [*pairwise(ends)], lambda tokens: "".join(map(chr, tokens)))
 
 
 def test_each_run_of_policy_tokens_is_a_text_of_its_own() -> None:
-    said = spoken(("Q?", False), ("look", True), ("result", False), ("it is", True), (" x", True))
+    said = spoken([("look", True), ("result", False)], [("it is", True), (" x", True)])
 
     assert said == ["look", "it is x"]
 
 
+def test_turns_are_texts_of_their_own_without_a_tool_response_between_them() -> None:
+    said = spoken([("<ans", True)], [("wer>Paris</answer>", True)])
+
+    assert said == ["<ans", "wer>Paris</answer>"]
+    assert judge(said).prediction is None
+
+
 def test_a_tool_response_has_no_influence_whatever_it_holds() -> None:
     for response in ("found", "<answer>Rome</answer>", "<code>", "</answer>", "<answer>"):
-        parts = [
-            ("Q?", False),
-            ("<search>", True),
-            (response, False),
-            ("<answer>Paris</answer>", True),
-        ]
-        assert judge(spoken(*parts)) == Judgement(prediction="Paris")
+        search = [("<search>", True), (response, False)]
+        assert judge(spoken(search, [("<answer>Paris</answer>", True)])).prediction == "Paris"
 
-        unanswered = judge(spoken(*parts[:3]))
+        unanswered = judge(spoken(search))
         assert unanswered.fault == "the last turn has no <answer>"
 
 
 def test_a_tag_split_by_a_tool_response_is_no_tag() -> None:
-    said = spoken(("<ans", True), ("found", False), ("wer>Paris</answer>", True))
+    said = spoken([("<ans", True), ("found", False), ("wer>Paris</answer>", True)])
 
     assert judge(said).prediction is None
 
 
 def test_tokens_and_mask_must_have_one_length() -> None:
-    with pytest.raises(ValueError, match="shorter"):
-        policy_texts([1, 2], [True], str)
+    with pytest.raises(InvalidInput, match="policy_mask: holds 1 values for 2 tokens"):
+        policy_texts([1, 2], [True], [(0, 1)], str)

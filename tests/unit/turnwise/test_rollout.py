@@ -146,16 +146,32 @@ BAD_ROLLOUTS: dict[str, dict[str, Any]] = {
     "policy_mask: is not one bit for each of 10 tokens": {"packed_mask": b"\x6c"},
     "policy_mask: is not one bit": {"packed_mask": b"\x6c\x07"},  # bit 10 of tokens 0..9
     "policy_mask: marks a prompt token": {"packed_mask": b"\x6d\x03"},
+    "policy_mask: marks a prompt": {"packed_mask": b"\x6e\x03"},  # its second token
     "turns: end at token 2 of 10": {"turns": ()},
     "scores: 2 for 3 turns": {"scores": (-2.0, -1.0)},
     "gains: 3 for 3 turns": {"gains": (1.0, 0.75, 0.5)},
     "scores[1]: nan is not in -1e+06..1e-06": {"scores": (-2.0, float("nan"), -0.25)},
     "scores[2]: 0.5 is not in": {"scores": (-2.0, -1.0, 0.5)},
-    "gains[1]: -inf is not in -1e+06..1e+06": {"gains": (1.0, float("-inf"))},
+    "scores[1]: '-1' is no number": {"scores": (-2.0, "-1", -0.25)},
+    "gains[1]: is -inf, but its scores give 0.75": {"gains": (1.0, float("-inf"))},
+    "gains[0]: is nan, but its scores give 1": {"gains": (float("nan"), 0.75)},
+    "gains[0]: is 1, but its scores give 1": {"gains": ("1", 0.75)},
+    "gains[1]: is None, but its scores give 0.75": {"gains": (1.0, None)},
+    "gains[1]: is 0.75001, but": {"gains": (1.0, 0.75001)},
+    "gains[0]: is 1.0, but its scores give 0.232544": {"gain_kind": "prob"},
+    "gain_kind: probs is unknown": {"gain_kind": "probs"},
     "gains[0]: is valid beside an invalid score": {"scores": (-2.0, None, -1.0)},
     "score_version: is missing for the scores": {"score_version": None},
     "score_version: -1 is below 0": {"score_version": -1},
     "outcome: 1e+308 is not in": {"outcome": 1e308},
+    "outcome: '1' is no number": {"outcome": "1"},
+    "outcome: is not None for deadline": {"end_reason": "deadline"},
+    "outcome: is not None for tool_failed": {"end_reason": "tool_failed", "outcome": 0.0},
+    "scores: are not all None for OVERLOADED": {"status": "OVERLOADED", "reason": "no room"},
+    "scores: are not all None for DEADLINE": {
+        **{"status": "DEADLINE", "reason": "30 s passed"},
+        **{"scores": (-2.0, None, None), "gains": (None, None)},
+    },
     "status: LATE is unknown": {"status": "LATE"},
     "reason: is empty for ERROR": {"status": "ERROR"},
     "end_reason: bored is unknown": {"end_reason": "bored"},
@@ -167,6 +183,33 @@ def test_a_wrong_rollout_cannot_be_made(message: str) -> None:
     with pytest.raises(InvalidInput) as error:
         golden_rollout(**BAD_ROLLOUTS[message])
     assert str(error.value).startswith(message)
+
+
+def test_a_gain_may_be_a_difference_of_probabilities() -> None:
+    # exp(-1) - exp(-2) and exp(-0.25) - exp(-1)
+    rollout = golden_rollout(gain_kind="prob", gains=(0.232544, 0.410921))
+
+    assert decode_group(encode_group(golden_group(rollout))).rollouts[0].gain_kind == "prob"
+
+
+def test_a_gain_may_differ_from_its_scores_by_a_rounding_that_grows_with_them() -> None:
+    scores, gain = (-1e6, -3.0, -2.0), 999_997.0
+
+    assert golden_rollout(scores=scores, gains=(gain + 0.5, 1.0 + 1e-6)).gains[0] == gain + 0.5
+    with pytest.raises(InvalidInput, match=r"gains\[0\]"):
+        golden_rollout(scores=scores, gains=(gain + 2.0, 1.0))
+    with pytest.raises(InvalidInput, match=r"gains\[1\]"):
+        golden_rollout(scores=scores, gains=(gain, 1.0 + 4e-6))
+
+
+def test_a_failed_rollout_keeps_its_tokens_and_teaches_nothing() -> None:
+    failed = golden_rollout(
+        scores=(None,) * 3, gains=(None,) * 2, status="ERROR", reason="nan in prefix 1"
+    )
+    late = golden_rollout(id="r2", end_reason="deadline", outcome=None)
+    group = golden_group(failed, late)
+
+    assert decode_group(encode_group(group)) == group
 
 
 BAD_TURNS: dict[str, dict[str, Any]] = {

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from turnwise.errors import InvalidInput
 from turnwise.rollout import (
+    NO_OUTCOME,
     EndReason,
     Group,
     Metadata,
@@ -23,6 +24,7 @@ from turnwise.rollout import (
     pack_logprobs,
     pack_mask,
 )
+from turnwise.scores import GainKind, turn_gains
 
 
 def small_group() -> Group:
@@ -50,7 +52,7 @@ def as_dict(group: Group) -> Any:
 
 text = st.text(st.characters(exclude_categories=["Cs"]))
 version = st.integers(0, 2**40)
-maybe_gain = st.none() | st.floats(-1e6, 1e6)
+outcome = st.none() | st.floats(-1e6, 1e6)
 metadata: st.SearchStrategy[Metadata] = st.dictionaries(
     text, text | st.integers(-(2**63), 2**64 - 1) | st.booleans() | st.none(), max_size=3
 )
@@ -73,10 +75,11 @@ def rollouts(draw: st.DrawFn, rollout_id: str) -> Rollout:
         mask += turn_mask
     scores = [draw(st.none() | st.floats(-1e6, 1e-6)) for _ in turns]
     ids = draw(st.lists(st.integers(0, 2**32 - 1), min_size=len(mask), max_size=len(mask)))
-    gains = [
-        draw(st.none() if None in scores[turn - 1 : turn + 1] else maybe_gain)
-        for turn in range(1, len(scores))
-    ]
+    status = draw(st.sampled_from(get_args(Status)))
+    if status != "OK":
+        scores = [None] * len(turns)
+    gain_kind = draw(st.sampled_from(get_args(GainKind)))
+    end_reason = draw(st.none() | st.sampled_from(get_args(EndReason)))
     return Rollout(
         id=rollout_id,
         packed_ids=pack_ids(ids),
@@ -84,12 +87,13 @@ def rollouts(draw: st.DrawFn, rollout_id: str) -> Rollout:
         prompt_length=turns[0].start if turns else len(mask),
         turns=tuple(turns),
         scores=tuple(scores),
-        gains=tuple(gains),
+        gains=tuple(turn_gains(scores, gain_kind)) if scores else (),
+        gain_kind=gain_kind,
         score_version=draw(version),
-        outcome=draw(maybe_gain),
+        outcome=None if end_reason in NO_OUTCOME else draw(outcome),
         prediction=draw(st.none() | text),
-        end_reason=draw(st.none() | st.sampled_from(get_args(EndReason))),
-        status=draw(st.sampled_from(get_args(Status))),
+        end_reason=end_reason,
+        status=status,
         reason=draw(text.filter(bool)),
         metadata=draw(metadata),
     )

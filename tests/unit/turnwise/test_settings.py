@@ -49,6 +49,9 @@ def test_environment_wins_over_file_and_file_over_default() -> None:
         "log_level": "default",
         "log_format": "my.toml",
         "api_token": "TURNWISE_API_TOKEN",
+        "run": "default",
+        "redis_url": "default",
+        "weights_root": "default",
         "credit.preset": "default",
         "credit.gain": "default",
         "credit.norm": "my.toml",
@@ -180,3 +183,28 @@ def test_a_service_adds_its_own_keys_with_lists_and_required_ones() -> None:
 
 def test_every_preset_of_credit_can_be_set() -> None:
     assert list(get_args(CreditSettings.model_fields["preset"].annotation)) == list(PRESETS)
+
+
+def test_the_password_of_a_url_is_a_secret_of_its_own() -> None:
+    environ = {"TURNWISE_REDIS_URL": "redis://user:p4ss@host:6379/0"}
+
+    settings, _ = load_settings(Settings, None, environ)
+
+    assert secret_values(settings) == ["redis://user:p4ss@host:6379/0", "p4ss"]
+    assert effective_values(settings)["redis_url"] == "**********"
+
+
+def test_each_service_leaves_the_sections_of_the_others_alone() -> None:
+    path = write("log_level = 'error'\n[reward_server]\nport = 1\n[trainer]\nrate = 2\n")
+
+    settings, _ = load_settings(Settings, path, {"TURNWISE_SEARCH_SERVER__PORT": "3"})
+
+    assert settings.log_level == "error"
+
+
+def test_a_flag_wins_over_everything() -> None:
+    environ = {"TURNWISE_LOG_LEVEL": "error"}
+
+    settings, sources = load_settings(Settings, None, environ, {"log_level": ("--log", "debug")})
+
+    assert (settings.log_level, sources["log_level"]) == ("debug", "--log")

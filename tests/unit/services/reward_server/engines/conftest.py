@@ -47,7 +47,7 @@ def engines() -> Iterator[StartEngine]:
     def start(path: Path, **settings: Any) -> TorchEngine:
         name = repr((path, settings))
         if name not in started:
-            started[name] = TorchEngine(path, **settings)
+            started[name] = TorchEngine(path, device="cpu", **settings)
         return started[name]
 
     yield start
@@ -61,7 +61,7 @@ def start() -> Iterator[StartEngine]:
     started: list[TorchEngine] = []
 
     def start(path: Path, **settings: Any) -> TorchEngine:
-        started.append(TorchEngine(path, **settings))
+        started.append(TorchEngine(path, device="cpu", **settings))
         return started[-1]
 
     yield start

@@ -100,9 +100,8 @@ def test_merged_and_dense_equal_a_plain_softmax_over_the_ancestors(
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("budget", [3, 100])
-def test_flex_equals_a_plain_softmax_on_a_small_trie(budget: int) -> None:
-    check_plain(*two_rollouts(), budget, ["flex"], Vectors(4, 2))
+def test_flex_equals_a_plain_softmax_on_a_small_trie() -> None:
+    check_plain(*two_rollouts(), 100, ["flex"], Vectors(4, 2))
 
 
 @pytest.mark.slow

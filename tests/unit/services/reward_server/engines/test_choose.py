@@ -25,7 +25,7 @@ FILTERS: list[dict[str, Any]] = [
     {"temperature": 2.0},
     {"top_k": 4},
     {"top_p": 0.8},
-    {"top_k": 6, "top_p": 0.9, "temperature": 1.5},
+    {"top_k": 8, "top_p": 0.6, "temperature": 1.5},
 ]
 
 
@@ -86,6 +86,26 @@ def test_a_flat_distribution_too(asked: dict[str, Any]) -> None:
     drawn = draw(torch.tensor(logits, dtype=torch.float32).repeat(len(rows), 1), rows)
 
     check_drawn(drawn.tolist(), filtered(logits, **asked))
+
+
+class Always(random.Random):
+    """A stream that gives one number for ever."""
+
+    def __init__(self, number: float) -> None:
+        super().__init__()
+        self.number = number
+
+    def random(self) -> float:
+        return self.number
+
+
+def test_a_number_picks_the_token_whose_share_of_the_line_it_lies_in() -> None:
+    logits_RV = torch.tensor([[-1.0, 2.0, 2.0, -2.0]] * 5)
+    params = SampleParams(1, top_k=2)  # shares 0, 1/2, 1/2, 0
+    numbers = [0.0, 0.25, 0.5, 0.75, 1 - 2**-53]
+
+    drawn = draw(logits_RV, [(params, Always(number)) for number in numbers])
+    assert drawn.tolist() == [1, 1, 2, 2, 2]
 
 
 def test_greedy_and_sampled_rows_do_not_mix() -> None:

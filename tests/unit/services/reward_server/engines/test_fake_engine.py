@@ -36,22 +36,25 @@ async def test_usage_counts_shared_tokens_once_and_calls_all_of_them_computed() 
     assert [job.usage for job in result.jobs] == [Usage(9, 6, 0, 6), Usage(9, 2, 0, 2)]
 
 
-async def test_poison_and_too_long_jobs_fail_alone() -> None:
-    engine = FakeEngine(poison_id=13, max_tokens=3)
-    good = rollout([(1, 2)], answer(3, 4))
+async def test_what_is_poison_too_long_or_no_token_fails_alone() -> None:
+    engine = FakeEngine(poison_id=13, max_tokens=4, vocab_size=20)
     jobs = [
         rollout([(1, 13)], answer(3)),
         rollout([(1,)], answer(3, 13)),
-        good,
+        rollout([(1, 2)], answer(3, 4)),
         rollout([(1, 2, 3)], answer(3, 4)),
+        rollout([(1, 20)], answer(3)),
     ]
     result = await engine.score(jobs)
 
-    assert [job.status for job in result.jobs] == ["ERROR", "ERROR", "OK", "INVALID"]
-    assert "13" in result.jobs[0].reason
-    assert "4 tokens" in result.jobs[3].reason
-    assert "3" in result.jobs[3].reason
-    assert all(job.logprobs == () for job in result.jobs if job is not result.jobs[2])
+    assert [(job.status, job.reason) for job in result.jobs] == [
+        ("ERROR", "token 13 is poison"),
+        ("ERROR", "token 13 is poison"),
+        ("OK", ""),
+        ("INVALID", "5 tokens with the answer exceed the limit of 4"),
+        ("INVALID", "token id 20 is outside the vocabulary of 20"),
+    ]
+    assert [len(job.logprobs) for job in result.jobs] == [0, 0, 1, 0, 0]
 
 
 async def test_a_call_of_which_nothing_is_left_has_no_scores() -> None:

@@ -198,19 +198,22 @@ async def test_usage_counts_a_shared_prompt_once(saved: SaveModel, start: StartE
     assert [chunk.usage for chunk in again.last if chunk] == [Usage(6 + 1, 6 + 1, 5, 1 + 1)]
 
 
+@pytest.mark.parametrize(("scored", "again"), [((1, 3), 0), ((0, 3), 1)])
 async def test_scoring_what_was_just_sampled_computes_only_the_answers(
-    saved: SaveModel, start: StartEngine
+    saved: SaveModel, start: StartEngine, scored: tuple[int, int], again: int
 ) -> None:
     engine = start(saved())
     first = await sample(engine, PROMPT, max_tokens=10, seed=1)
     seen = (*PROMPT, *first.ids[0], 7, 8)  # the tool's answer
     second = await sample(engine, seen, max_tokens=10, seed=2)
-    job = rollout([PROMPT, (*first.ids[0], 7, 8), second.ids[0]], answer(60, 61, 62, scored=(1, 3)))
+    turns = [PROMPT, first.ids[0], (7, 8), second.ids[0]]
+    job = rollout(turns, answer(60, 61, 62, scored=scored))
     result = await engine.score([job])
 
     check_plain(result, [job], saved())
-    # Two answer inputs after each of three prefixes, and the last token, which was never fed.
-    assert result.usage.tokens_computed == 3 * 2 + 1
+    # Two answer inputs after each of four prefixes, and the last token, which was never fed.
+    # Of the held prefix ends the first turn's is inside what was fed: its state was not kept.
+    assert result.usage.tokens_computed == 4 * 2 + 1 + again
     assert result.usage.tokens_cached == len(job.token_ids) - 1
 
 

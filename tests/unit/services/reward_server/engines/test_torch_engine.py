@@ -69,6 +69,19 @@ def test_identical_rollouts_are_computed_once(saved: SaveModel, start: StartEngi
     assert len({one.logprobs for one in result.jobs}) == 1
 
 
+def test_a_held_token_whose_state_was_not_kept_is_computed_once_more(
+    saved: SaveModel, start: StartEngine
+) -> None:
+    engine, ids, asked = start(saved()), ids_of(10, 1), answer(3, 4)
+    score(engine, rollout([ids], asked))
+    job = rollout([ids[:5], ids[5:]], asked)
+    result = score(engine, job)
+
+    check_plain(result, [job], saved())
+    # Of 10 + 2 positions the two answer inputs are new; token 5 has to say what follows it.
+    assert result.usage == Usage(6 + 11, 12, 10, 2 + 1)
+
+
 def test_a_job_much_larger_than_the_budget_is_scored_in_several_passes(
     saved: SaveModel, start: StartEngine
 ) -> None:

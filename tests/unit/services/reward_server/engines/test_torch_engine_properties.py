@@ -42,11 +42,12 @@ def test_scores_equal_a_plain_forward_per_prefix(
     check_plain(score(engines(path, max_batch_tokens=budget), *jobs), jobs, path)
 
 
+@pytest.mark.parametrize("backend", ["dense", pytest.param("flex", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@settings(max_examples=8, deadline=None)
-@given(jobs=batches(max_jobs=3), backend=st.sampled_from(["dense", "flex"]))
+@settings(max_examples=10, deadline=None)
+@given(jobs=batches(max_jobs=3))
 def test_scores_do_not_depend_on_the_attention_backend(
-    saved: SaveModel, engines: StartEngine, jobs: list[ScoreJob], backend: str
+    saved: SaveModel, engines: StartEngine, backend: str, jobs: list[ScoreJob]
 ) -> None:
     path = saved()
     expected = score(engines(path), *jobs)
