@@ -37,7 +37,7 @@ from services.reward_server.engines.attention import flash
 from services.reward_server.engines.model import DecoderModel, Linear
 
 SWEEP = [Case(t, g, s) for t in (2, 4, 8, 16) for g in (1, 4, 16) for s in (50, 200, 500)]
-GOAL, LONG = Case(4, 4, 200), Case(16, 4, 200)
+GOAL, LONG = Case(4, 4, 200), Case(16, 1, 200)
 # Shape, vocabulary, cases of our engine, and the six cases that the slow baselines run as well.
 MODELS = (
     ("5M", 32_000, SWEEP, [GOAL, LONG]),
