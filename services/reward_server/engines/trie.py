@@ -80,15 +80,21 @@ class Trie:
                 path.append((run, offset, stop))
                 ids = ids[matched:]
             if len(ids):
-                run, offset = self._branch(run, stop, ids, transient), 0
+                run, offset = self._go_on(run, stop, ids, transient)
         for run, _, stop in path:
             if stop > run.last_branch:
                 run.used = self.clock
         return path
 
-    def _branch(self, run: Run, offset: int, ids: Ids, transient: bool) -> Run:
-        child = run.children.get((offset, int(ids[0])))
-        return child or attach(Run(run, offset, ids.copy(), transient))
+    def _go_on(self, run: Run, offset: int, ids: Ids, transient: bool) -> Place:
+        """Where ids that the run does not hold at an offset go on: made here if need be."""
+        if child := run.children.get((offset, int(ids[0]))):
+            return child, 0
+        if offset == len(run.ids) and run.parent and not (transient or run.transient):
+            # Growing a run turn by turn keeps a session one run, with one call to attend to it.
+            run.ids = np.concatenate([run.ids, ids])
+            return run, offset
+        return attach(Run(run, offset, ids.copy(), transient)), 0
 
     def repeat(self, run: Run, offset: int) -> Run:
         """A one-token run that computes a token anew whose hidden state was not kept."""

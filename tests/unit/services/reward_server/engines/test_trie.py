@@ -46,15 +46,24 @@ def test_a_mismatch_starts_a_run_at_that_token_and_splits_nothing() -> None:
     assert first.last_branch == 2
 
 
-def test_a_longer_sequence_hangs_at_the_end_and_a_shorter_one_adds_nothing() -> None:
+def test_a_longer_sequence_grows_the_run_and_a_shorter_one_adds_nothing() -> None:
     trie = Trie(0)
     first = walk(trie, 1, 2)[0][0]
     longer = walk(trie, 1, 2, 3)
     shorter = walk(trie, 1)
 
-    assert [(run.attach, start, stop) for run, start, stop in longer] == [(0, 0, 2), (2, 0, 1)]
+    assert longer == [(first, 0, 2), (first, 2, 3)]
     assert shorter == [(first, 0, 1)]
-    assert len([*trie.runs()]) == 2
+    assert [run.ids.tolist() for run in trie.runs()] == [[1, 2, 3]]
+
+
+def test_an_answer_never_grows_the_run_it_hangs_on() -> None:
+    trie = Trie(0)
+    first = walk(trie, 1, 2)[0][0]
+    ((leaf, start, stop),) = trie.walk((first, 2), ids_of(3), transient=True)
+
+    assert (leaf.parent, leaf.attach, start, stop) == (first, 2, 0, 1)
+    assert first.ids.tolist() == [1, 2]
 
 
 def test_a_walk_may_start_anywhere_and_leave_the_way_it_came() -> None:
@@ -128,12 +137,15 @@ def test_the_least_recently_used_tail_goes_first_and_no_more_than_needed() -> No
 def test_what_others_hang_on_outlives_them_however_old_it_is() -> None:
     trie = Trie(0)
     hold(trie, EMPTY_KV, 1, 2, 3, 4)
-    hold(trie, EMPTY_KV, 1, 2, 3, 4, 5)
+    hold(trie, EMPTY_KV, 1, 2, 3, 5)
     hold(trie, EMPTY_KV, 1, 2, 6)
-    trie.evict(5 * TOKEN_BYTES)  # 5 is the oldest leaf; 1 2 3 4 is older but has it below
-    assert held_prefixes(trie) == every_prefix([(1, 2, 3, 4), (1, 2, 6)])
+    trie.evict(5 * TOKEN_BYTES)  # 4 is the oldest tail
+    assert held_prefixes(trie) == every_prefix([(1, 2, 3, 5), (1, 2, 6)])
 
-    trie.evict(4 * TOKEN_BYTES)
+    trie.evict(4 * TOKEN_BYTES)  # now 5: 1 2 3 is older, but 5 hangs on it
+    assert held_prefixes(trie) == every_prefix([(1, 2, 3), (1, 2, 6)])
+
+    trie.evict(3 * TOKEN_BYTES)
     assert held_prefixes(trie) == every_prefix([(1, 2, 6)])
 
 
@@ -172,7 +184,6 @@ def test_the_trie_holds_each_distinct_prefix_once(all_ids: list[list[int]]) -> N
         path = walk(trie, *ids)
         walked = [int(i) for run, start, stop in path for i in run.ids[start:stop]]
         assert walked == ids
-        assert all(start == 0 for _, start, _ in path)
 
     assert held_prefixes(trie) == every_prefix(all_ids)
     assert sum(len(run.ids) for run in trie.runs()) == len(every_prefix(all_ids))
