@@ -67,6 +67,7 @@ def render(results: Mapping[str, Mapping[str, Any]]) -> str:
         f"### Against plain ways\n\n{TEXTS['named']}\n\n{table(named)}",
         f"### vLLM\n\n{TEXTS['vllm']}\n\n{table(score['vllm'])}" if score["vllm"] else "",
         f"### Sampling\n\n{TEXTS['sampling']}\n\n{table(score['sampling'])}",
+        score.get("note", ""),
         f"### Every case\n\n{TEXTS['score']}\n\n{table(plain)}",
         f"Memory that scoring T4 G4 S50 added to the loaded process: {memory}.",
     ]
