@@ -15,6 +15,8 @@ from services.reward_server.engines.packing import Packed, Work, pack
 from services.reward_server.engines.trie import Run, Trie
 from tests.tries import Spelled, hold, plan, plan_answer, planned_tries, spell, spell_tokens, walk
 
+pytestmark = pytest.mark.slow  # `make check` stays under a minute without it
+
 WIDTH = 8
 CPU = torch.device("cpu")
 NAN = float("nan")

@@ -22,6 +22,8 @@ from tests.scoring import (
 from tests.tiny_models import VOCAB, plain_model, save_word_tokenizer
 from tests.unit.services.reward_server.engines.conftest import SaveModel, StartEngine
 
+pytestmark = pytest.mark.slow  # `make check` stays under a minute without it
+
 PROMPT = (3, 1, 4, 1, 5)
 
 

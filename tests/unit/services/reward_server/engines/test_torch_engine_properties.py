@@ -21,6 +21,8 @@ from tests.scoring import (
 )
 from tests.unit.services.reward_server.engines.conftest import SaveModel, StartEngine
 
+pytestmark = pytest.mark.slow  # `make check` stays under a minute without it
+
 BUDGETS = [1, 7, 50, 8192]
 MEGABYTE = 1 << 20
 # The engines are shared by all examples on purpose: their caches hold what came before.

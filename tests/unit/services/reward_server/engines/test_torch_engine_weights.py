@@ -25,6 +25,8 @@ from tests.scoring import (
 from tests.unit.services.reward_server.engines.conftest import SaveModel, StartEngine
 from turnwise.errors import InvalidInput
 
+pytestmark = pytest.mark.slow  # `make check` stays under a minute without it
+
 PROMPT = (3, 1, 4, 1, 5)
 JOBS = [rollout([PROMPT, (i, 9), (2,)], answer(6, 5, 3)) for i in range(6)]
 
