@@ -8,7 +8,6 @@ to the trie when it ends, so that scoring it costs only the answers.
 import random
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -105,13 +104,6 @@ class Slab:
         return attend
 
 
-class Step(NamedTuple):
-    """What one step gave: sequences with news, and how many tokens were sampled."""
-
-    news: list[Sequence]
-    tokens: int
-
-
 class Sampler:
     """Runs in the engine's thread; `step` admits, samples one token for each, retires."""
 
@@ -130,8 +122,8 @@ class Sampler:
     def busy(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def step(self) -> Step:
-        """Sample one token for every running sequence, those newly admitted included."""
+    def step(self) -> list[Sequence]:
+        """Sample one token for every running sequence, new ones included; return who has news."""
         self._retire()
         hidden = [self._decode_step()] if self.running else []
         self.admitted = self._admit()
@@ -139,14 +131,13 @@ class Sampler:
             hidden.append(self._prefill(self.admitted))
             self.admitted = []
         if not hidden:
-            return Step([], 0)
+            return []
         drawn = choose_tokens(
             self.model, torch.cat(hidden), [(s.params, s.draw) for s in self.running]
         )
         for sequence, token, logprob in zip(self.running, *drawn, strict=True):
             sequence.take(token, logprob, self.decode)
-        news = [s for s in self.running if s.finish or len(s.ids) - s.emitted >= EMIT_TOKENS]
-        return Step(news, len(self.running))
+        return [s for s in self.running if s.finish or len(s.ids) - s.emitted >= EMIT_TOKENS]
 
     def abandon(self) -> list[Sequence]:
         """Give up what a failed step was at; return whom that ends. Who waits, waits on."""

@@ -15,7 +15,6 @@ from typing import TypeVar
 import numpy as np
 import torch
 from msgspec.structs import replace
-from transformers import AutoTokenizer
 
 from services.reward_server.engines import (
     EngineInfo,
@@ -30,6 +29,7 @@ from services.reward_server.engines.limits import why_invalid, why_not_sampled
 from services.reward_server.engines.model import DecoderModel
 from services.reward_server.engines.sampler import Sampler, report
 from services.reward_server.engines.sampler import Sequence as Sampled
+from services.reward_server.engines.tokenizer import load_tokenizer
 from services.reward_server.engines.trie import Trie
 from services.reward_server.engines.trie_scorer import Chunk, as_ids
 from services.reward_server.engines.usage import count_tokens
@@ -219,7 +219,7 @@ class TorchEngine:
         """Step the sampler while anybody wants tokens."""
         while self.sampler.busy():
             try:
-                news = (await self._in_thread(self.sampler.step)).news
+                news = await self._in_thread(self.sampler.step)
             except Exception as error:
                 log.warning("sampling failed", extra={"error": str(error)})
                 news = self.sampler.abandon()
@@ -276,7 +276,7 @@ class TorchEngine:
 
 def load_decode(model_path: Path) -> Callable[[list[int]], str]:
     """The tokenizer of the checkpoint, for stop strings alone."""
-    tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
+    tokenizer = load_tokenizer(model_path)
 
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=False))
