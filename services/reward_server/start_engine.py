@@ -31,15 +31,15 @@ async def start_engine(settings: ServerSection, model_path: Path | None, version
 
 
 def _start_torch(settings: ServerSection, model_path: Path, version: int) -> Engine:
-    from services.reward_server.engines.torch_start import start_torch  # noqa: PLC0415
+    from services.reward_server.engines.torch_engine import CACHE_BYTES, TorchEngine  # noqa: PLC0415
 
-    return start_torch(
+    return TorchEngine(
         model_path,
-        version,
+        policy_version=version,
         dtype=settings.dtype,
         device=settings.device,
         max_batch_tokens=settings.forward_tokens,
-        cache_bytes=settings.cache_bytes,
+        cache_bytes=settings.cache_bytes or CACHE_BYTES,
     )
 
 

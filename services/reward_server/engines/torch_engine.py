@@ -46,6 +46,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+CACHE_BYTES = 2 << 30  # KV kept between calls where nobody says how much
 OUT_OF_MEMORY = ("allocate memory", "not enough memory", "out of memory")
 
 
@@ -61,7 +62,7 @@ class TorchEngine:
         device: str = "auto",  # CUDA where there is a device
         attention: str = "auto",
         max_batch_tokens: int = 8192,  # tokens per forward pass
-        cache_bytes: int = 2 << 30,  # KV kept between calls
+        cache_bytes: int = CACHE_BYTES,
         max_running: int = 256,  # sequences sampled at the same time
     ) -> None:
         if device == "auto":
